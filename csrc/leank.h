@@ -1,0 +1,213 @@
+/* leank.h: the whole public C API of LeanK. Read this file first.
+ *
+ * LeanK keeps a static set of K channels per KV head and drops the rest of the K cache, except in a
+ * window of `sink` first and `recent` last tokens (arXiv 2508.02215). This library stores such a
+ * cache in pages, and attends to it.
+ *
+ * Letters (the same in C, Python, tests and prose): B rows (batch), T new columns of a call, L cached
+ * tokens, Hq query heads (index h), Hkv KV heads (index g), R = Hq/Hkv, D head dim, Dk[g] kept
+ * channels of KV head g, Dv value dim, S0 sink tokens, W recent tokens, P tokens of a page.
+ *
+ * The rule. For a query at position p and a key at position j <= p of the same row:
+ *   window key   j < S0, or j >= lo and p - j < W, or j >= lo and p < n0:  scale * q . k, all D channels
+ *   middle key   any other, Dk[g] > 0:                                     scale * sum over kept channels
+ *   middle key   any other, Dk[g] = 0:                                     not attended at all
+ * and one softmax over what is attended, times V. n0 is the row's prompt length: the prompt attends
+ * densely, pruning is for what comes after. lo is the first position, at or after S0, whose dropped
+ * channels are still stored; without crop it is never inside the window.
+ *
+ * Columns and tokens. Callers speak columns: a call brings T columns for all rows, of which a row
+ * may use some (padding is not a token and is not stored). A bitmap of real tokens maps the two.
+ *
+ * Errors are status codes; on any error the cache is as it was. No function prints, exits or keeps
+ * a message in static memory. A cache may be used from one thread at a time; copies of one cache
+ * share pages and may be used from different threads. */
+#ifndef LEANK_H
+#define LEANK_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LK_PAGE_TOKENS 64 /* P: consecutive tokens of one row in one layer that share a page */
+#define LK_MAX_HEAD_DIM 512
+#define LK_CHANNEL_STEP 8 /* D, Dv and every Dk[g] are multiples of this */
+
+typedef enum {
+    LK_OK = 0,
+    LK_E_NOMEM, /* an allocation failed */
+    LK_E_SHAPE, /* a size does not fit the cache, or sizes overflow */
+    LK_E_VALUE, /* an argument is outside its range */
+    LK_E_LIMIT, /* the call would pass max_tokens or max_call of a reserved cache */
+    LK_E_STATE, /* not allowed in this state (prompt announced on a non-empty cache, nothing to attend) */
+    LK_E_ISA /* unknown instruction set name, or not available on this machine */
+} lk_status;
+
+/* One sentence for a status; never NULL. */
+const char *lk_status_text(lk_status status);
+
+typedef enum { LK_F32 = 0, LK_BF16 = 1, LK_F16 = 2 } lk_dtype;
+
+/* Bytes of one element; 0 for a value that is no lk_dtype. */
+size_t lk_dtype_bytes(lk_dtype dtype);
+
+/* ---------------------------------------------------------------- instruction sets (dispatch.c) */
+
+/* Name of the variant in use: "scalar", "avx2", "avx512", "avx512bf16" or "neon". The first call
+ * picks the best that was built and that CPU and OS support, or what LEANK_ISA names. Status
+ * LK_E_ISA when LEANK_ISA names something that cannot run; *name is then NULL. */
+lk_status lk_isa(const char **name);
+
+/* Use the named variant from now on (for tests and benchmarks). */
+lk_status lk_isa_force(const char *name);
+
+/* The i-th variant that was built, best first; NULL past the end. *available: it can run here. */
+const char *lk_isa_built(int i, int *available);
+
+/* ------------------------------------------------------------------------------- masks (mask.c) */
+
+/* LK_E_SHAPE unless 0 < D <= LK_MAX_HEAD_DIM is a multiple of LK_CHANNEL_STEP and Hkv > 0; LK_E_VALUE
+ * unless each head keeps a multiple of `align` channels (align itself a multiple of LK_CHANNEL_STEP).
+ * keep [n_heads, D], non-zero = kept. *bad_head gets the first head that does not fit. */
+lk_status lk_mask_check(const uint8_t *keep, int64_t n_heads, int64_t head_dim, int64_t align,
+                        int64_t *bad_head);
+
+/* Channels of one head, kept ones ascending, then dropped ones ascending; returns how many are kept. */
+int32_t lk_mask_order(const uint8_t *keep, int32_t head_dim, int32_t *order);
+
+/* Exact-budget selection: sort each head's channels by score, cut them into blocks of `align`, and keep
+ * the blocks with the largest sums over all heads until exactly
+ * round(n_heads * D * (1 - ratio) / align) blocks are kept. Equal sums: lower head first, equal scores:
+ * lower channel first. Here n_heads is N * Hkv, all heads of all layers together.
+ * scores [n_heads, D], finite    keep [n_heads, D] written in full, 0 or 1
+ * LK_E_VALUE: ratio outside [0, 1], a score that is not finite, D no multiple of align. */
+lk_status lk_mask_select(const float *scores, int64_t n_heads, int64_t head_dim, double ratio,
+                         int64_t align, uint8_t *keep);
+
+/* ------------------------------------------------------------------- cache of one layer (cache.c) */
+
+typedef struct {
+    lk_dtype dtype;
+    int32_t n_heads;     /* Hkv */
+    int32_t head_dim;    /* D */
+    int32_t v_dim;       /* Dv */
+    int64_t sink;        /* S0 >= 0 */
+    int64_t recent;      /* W >= 1: a query always sees its own token whole */
+    int64_t slack;       /* extra tokens beyond W whose dropped channels stay, for crops; >= 0 */
+    const uint8_t *keep; /* [Hkv, D], non-zero = kept; copied */
+} lk_config;
+
+typedef struct {
+    int64_t n_pages, n_twins; /* live, shared ones counted once */
+    size_t k_bytes, v_bytes;  /* K and V in live pages and twins, whole pages and twins counted */
+    size_t slab_bytes;        /* what was taken from the allocator for them (this cache's pool) */
+} lk_memory;
+
+typedef struct lk_cache lk_cache;
+
+/* An empty growing cache. The mask must pass lk_mask_check with align LK_CHANNEL_STEP. */
+lk_status lk_cache_create(const lk_config *config, int64_t n_rows, lk_cache **out);
+
+/* An empty reserved cache: everything that rows of at most max_tokens tokens and calls of at most max_call
+ * columns need after the prompt is allocated now, and appending past a limit is LK_E_LIMIT. (A prompt fed in
+ * several calls keeps its dropped channels until it is complete; those come from the allocator and go back.) */
+lk_status lk_cache_create_reserved(const lk_config *config, int64_t n_rows, int64_t max_tokens,
+                                   int64_t max_call, lk_cache **out);
+
+/* Accepts NULL. */
+void lk_cache_free(lk_cache *cache);
+
+/* A second cache with the same rows; pages are shared and copied before either writes to them. */
+lk_status lk_cache_copy(const lk_cache *cache, lk_cache **out);
+
+int64_t lk_cache_n_rows(const lk_cache *cache);
+int64_t lk_cache_n_columns(const lk_cache *cache);
+/* Per row: tokens stored; n0, or -1 while the prompt is not complete; lo. */
+int64_t lk_cache_length(const lk_cache *cache, int64_t row);
+int64_t lk_cache_prompt(const lk_cache *cache, int64_t row);
+int64_t lk_cache_lo(const lk_cache *cache, int64_t row);
+/* Which columns are tokens of the row: real [n_columns], 0 or 1. */
+void lk_cache_real(const lk_cache *cache, int64_t row, uint8_t *real);
+
+/* Announce that the first n_columns columns are the prompt, however many calls bring them. Without it a row's
+ * prompt is its first call that has a token of that row. LK_E_STATE unless the cache has no column yet. */
+lk_status lk_cache_expect_prompt(lk_cache *cache, int64_t n_columns);
+
+/* K and V of the T columns of one call. Strides in elements, last axis contiguous. */
+typedef struct {
+    const void *k;       /* [B, Hkv, T, D] */
+    const void *v;       /* [B, Hkv, T, Dv] */
+    int64_t k_stride[3]; /* b, g, t */
+    int64_t v_stride[3];
+    const uint8_t *valid; /* [B, T] contiguous, non-zero = a token of that row; NULL = all */
+    int64_t n_columns;    /* T >= 0 */
+} lk_span;
+
+/* Append and settle: the call for K and V that nobody attends to through this library (a prompt). Dropped
+ * channels that would retire at once are never stored. */
+lk_status lk_cache_append(lk_cache *cache, const lk_span *span);
+
+/* The two halves, for attending in between: put stores every channel of the new tokens; settle completes the
+ * prompt if its columns are all there, raises lo, and frees the dropped channels that are wholly older than
+ * W + slack; it cannot fail. lk_attend (below) does the whole step. */
+lk_status lk_cache_put(lk_cache *cache, const lk_span *span);
+void lk_cache_settle(lk_cache *cache);
+
+/* Keep the first n_columns columns (0 <= n_columns <= now). 0 makes every row empty, with a new prompt to come. */
+lk_status lk_cache_crop(lk_cache *cache, int64_t n_columns);
+
+/* Row i becomes the former row rows[i]; reorders, drops and repeats rows. Pages are shared, nothing is copied. */
+lk_status lk_cache_select(lk_cache *cache, const int64_t *rows, int64_t n_rows);
+
+/* Back to dense, for debugging and moving between devices: k [Hkv, L, D], v [Hkv, L, Dv] of one row, contiguous,
+ * cache dtype, bit-equal to what was appended. What is not stored any more is NaN. */
+lk_status lk_cache_gather(const lk_cache *cache, int64_t row, void *k, void *v);
+
+lk_memory lk_cache_memory(const lk_cache *cache);
+
+/* What lk_cache_memory would report (slab_bytes: the same as k_bytes + v_bytes) for rows of the given lengths
+ * whose prompt is complete and that were never cropped. max_tokens < 0: growing; else reserved, lengths unused. */
+lk_status lk_predict_memory(const lk_config *config, const int64_t *lengths, int64_t n_rows,
+                            int64_t max_tokens, int64_t max_call, lk_memory *out);
+
+/* ---------------------------------------------------------------------------- attention (decode.c) */
+
+/* lk_decode: attention of the last T columns of the cache, by the rule at the top of this file.
+ * q [B, Hq, T, D], o [B, Hq, T, Dv], both cache dtype, strides in elements, last axis contiguous.
+ * The T columns were put but not yet settled (always right), or appended and T = 1.
+ * o of a padding column is 0. f32 accumulation. Two runs agree bit for bit, whatever n_threads is.
+ * n_threads <= 0: what OpenMP would use. Bytes read per row, window and short splits apart:
+ * elem * L * sum over g with Dk[g] > 0 of (Dk[g] + Dv).
+ * Truth: tests/reference.py attend(). Source: LeanK section 3; online softmax, Milakov 2018. */
+typedef struct {
+    const lk_cache *cache;
+    const void *q;
+    int64_t q_stride[3]; /* b, h, t */
+    void *o;
+    int64_t o_stride[3];
+    int64_t n_q_heads; /* Hq, a multiple of Hkv */
+    int64_t n_columns; /* T */
+    float scale;
+    int n_threads;
+} lk_decode_args;
+
+lk_status lk_decode(const lk_decode_args *args);
+
+/* put, lk_decode, settle: one step of one layer. On any error the cache is as it was. args->cache is `cache`, and
+ * args->n_columns is span->n_columns. */
+lk_status lk_attend(lk_cache *cache, const lk_span *span, const lk_decode_args *args);
+
+/* ------------------------------------------------------------------------------ test hooks (alloc.c) */
+
+/* Let the n-th allocation from now fail (1 = the next one); 0 switches this off. */
+void lk_test_fail_allocation(int64_t n);
+/* Fill new pages and twins with NaN patterns, so that reading an unused slot shows. */
+void lk_test_poison(int on);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,106 @@
+/* pack.c: tokens into the element order of pages and twins, and back. Bits are moved, never converted. */
+#include "lk_pack.h"
+
+#include <string.h>
+
+/* The functions below exist for 4-byte (f32, G = 1) and 2-byte elements (f16, G = 1; bf16, G = 2); element size
+ * and group are compile-time constants in each, so that the inner loops are plain strided moves. */
+#define LK_INLINE static inline __attribute__((always_inline))
+
+LK_INLINE void copy_elem(unsigned char *dst, const unsigned char *src, size_t elem) {
+    memcpy(dst, src, elem);
+}
+
+/* Byte offset of channel c (its place in the block), slot j. */
+LK_INLINE size_t k_at(int64_t c, int64_t j, int64_t group, size_t elem) {
+    return (size_t)(((c / group) * LK_PAGE_TOKENS + j) * group + c % group) * elem;
+}
+
+/* Byte offset of slot j, value index d. */
+LK_INLINE size_t v_at(int64_t j, int64_t d, int64_t v_dim, int64_t group, size_t elem) {
+    return (size_t)(((j / group) * v_dim + d) * group + j % group) * elem;
+}
+
+LK_INLINE void store_k(unsigned char *block, const lk_run *run, const int32_t *order, int32_t n,
+                       int64_t group, size_t elem) {
+    for (int64_t c = 0; c < n; c++) {
+        unsigned char *dst = block + k_at(c, run->slot, group, elem);
+        for (int64_t i = 0; i < run->n_tokens; i++, dst += (size_t)group * elem) {
+            const int64_t at = run->column[i] * run->k_stride + order[c];
+            copy_elem(dst, run->k + at * (ptrdiff_t)elem, elem);
+        }
+    }
+}
+
+LK_INLINE void store_v(unsigned char *block, const lk_run *run, int64_t v_dim, int64_t group,
+                       size_t elem) {
+    for (int64_t i = 0; i < run->n_tokens; i++) {
+        const int64_t j = run->slot + i;
+        const unsigned char *src = run->v + run->column[i] * run->v_stride * (ptrdiff_t)elem;
+        unsigned char *dst = block + v_at(j, 0, v_dim, group, elem);
+        if (group == 1) {
+            memcpy(dst, src, (size_t)v_dim * elem);
+            continue;
+        }
+        for (int64_t d = 0; d < v_dim; d++) {
+            copy_elem(dst + (size_t)(d * group) * elem, src + (size_t)d * elem, elem);
+            /* The first of a pair makes its absent partner 0: kernels multiply it by a zero probability. */
+            if (j % group == 0) memset(dst + (size_t)(d * group + 1) * elem, 0, elem);
+        }
+    }
+}
+
+LK_INLINE void store(const lk_geom *geom, int32_t g, const lk_run *run, unsigned char *page,
+                     unsigned char *twin, int64_t group, size_t elem) {
+    const int32_t n_kept = geom->n_kept[g], n_dropped = geom->head_dim - n_kept;
+    const int32_t *order = geom->order + (size_t)g * (size_t)geom->head_dim;
+    if (n_kept > 0) {
+        store_k(page + geom->kept_off[g], run, order, n_kept, group, elem);
+        store_v(page + geom->v_off[g], run, geom->v_dim, group, elem);
+    }
+    if (!twin || n_dropped == 0) return;
+    store_k(twin + geom->dropped_off[g], run, order + n_kept, n_dropped, group, elem);
+    if (n_kept == 0) store_v(twin + geom->v_off[g], run, geom->v_dim, group, elem);
+}
+
+void lk_pack_store(const lk_geom *geom, int32_t g, const lk_run *run, unsigned char *page,
+                   unsigned char *twin) {
+    if (geom->elem_bytes == 4) store(geom, g, run, page, twin, 1, 4);
+    else if (geom->group == 1) store(geom, g, run, page, twin, 1, 2);
+    else store(geom, g, run, page, twin, 2, 2);
+}
+
+LK_INLINE void load_k(const unsigned char *block, const int32_t *order, int32_t n, int32_t head_dim,
+                      int64_t slot, int64_t n_tokens, unsigned char *k, int64_t group,
+                      size_t elem) {
+    for (int64_t i = 0; i < n_tokens; i++)
+        for (int64_t c = 0; c < n; c++)
+            copy_elem(k + (size_t)(i * head_dim + order[c]) * elem,
+                      block + k_at(c, slot + i, group, elem), elem);
+}
+
+LK_INLINE void load_v(const unsigned char *block, int64_t v_dim, int64_t slot, int64_t n_tokens,
+                      unsigned char *v, int64_t group, size_t elem) {
+    for (int64_t i = 0; i < n_tokens; i++)
+        for (int64_t d = 0; d < v_dim; d++)
+            copy_elem(v + (size_t)(i * v_dim + d) * elem,
+                      block + v_at(slot + i, d, v_dim, group, elem), elem);
+}
+
+void lk_pack_load(const lk_geom *geom, int32_t g, int64_t slot, int64_t n_tokens,
+                  const unsigned char *page, const unsigned char *twin, unsigned char *k,
+                  unsigned char *v) {
+    const int64_t group = geom->group;
+    const size_t elem = geom->elem_bytes;
+    const int32_t n_kept = geom->n_kept[g], n_dropped = geom->head_dim - n_kept;
+    const int32_t *order = geom->order + (size_t)g * (size_t)geom->head_dim;
+    if (page && n_kept > 0) {
+        load_k(page + geom->kept_off[g], order, n_kept, geom->head_dim, slot, n_tokens, k, group,
+               elem);
+        load_v(page + geom->v_off[g], geom->v_dim, slot, n_tokens, v, group, elem);
+    }
+    if (!twin || n_dropped == 0) return;
+    load_k(twin + geom->dropped_off[g], order + n_kept, n_dropped, geom->head_dim, slot, n_tokens,
+           k, group, elem);
+    if (n_kept == 0) load_v(twin + geom->v_off[g], geom->v_dim, slot, n_tokens, v, group, elem);
+}
