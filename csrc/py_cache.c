@@ -1,0 +1,430 @@
+/* py_cache.c: leank.LayerCache over lk_cache. Each method: parse, check, drop the GIL, one C call, exception. */
+#include "py_args.h"
+
+#include <limits.h>
+#include <string.h>
+
+/* ------------------------------------------------------------------------------------------ lifetime */
+
+static void layer_cache_dealloc(PyObject *object) {
+    py_layer_cache *self = (py_layer_cache *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    lk_cache_free(self->cache);
+    PyMem_Free(self->keep);
+    type->tp_free(object);
+    Py_DECREF(type); /* instances of a heap type own a reference to it */
+}
+
+/* A new object that takes over `cache`; on failure the cache is freed. */
+static PyObject *wrap(PyTypeObject *type, lk_cache *cache, const lk_config *config,
+                      int64_t max_tokens) {
+    const size_t n = (size_t)config->n_heads * (size_t)config->head_dim;
+    uint8_t *keep = PyMem_Malloc(n);
+    py_layer_cache *self = keep ? (py_layer_cache *)type->tp_alloc(type, 0) : NULL;
+    if (!self) {
+        PyMem_Free(keep);
+        lk_cache_free(cache);
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+    }
+    memcpy(keep, config->keep, n);
+    self->cache = cache;
+    self->config = *config;
+    self->config.keep = self->keep = keep;
+    self->max_tokens = max_tokens;
+    atomic_init(&self->busy, false);
+    return (PyObject *)self;
+}
+
+/* Keyword-only arguments that must be given: the argument parser knows none, so they start as this. */
+#define MISSING LLONG_MIN
+
+static bool is_missing(long long value, const char *name) {
+    if (value == MISSING)
+        PyErr_Format(PyExc_TypeError, "missing required keyword argument: '%s'", name);
+    return value == MISSING;
+}
+
+static PyObject *layer_cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"keep",  "n_rows", "sink",       "recent",   "slack",
+                            "dtype", "v_dim",  "max_tokens", "max_call", NULL};
+    PyObject *keep, *dtype = NULL, *v_dim = NULL, *max_tokens_arg = NULL;
+    long long n_rows = MISSING, sink = MISSING, recent = MISSING, slack = 64, max_call = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$LLLLOOOL:LayerCache", names, &keep, &n_rows,
+                                     &sink, &recent, &slack, &dtype, &v_dim, &max_tokens_arg,
+                                     &max_call))
+        return NULL;
+    if (is_missing(n_rows, "n_rows") || is_missing(sink, "sink") || is_missing(recent, "recent"))
+        return NULL;
+    lk_config config;
+    int64_t max_tokens;
+    if (!py_parse_config(keep, dtype, v_dim, sink, recent, slack, &config)) return NULL;
+    if (!py_parse_limit(max_tokens_arg, "max_tokens", &max_tokens)) return NULL;
+    if (n_rows < 1 || n_rows > INT32_MAX)
+        return PyErr_Format(PyExc_ValueError, "n_rows: expected 1 to %d, got %lld", INT32_MAX,
+                            n_rows);
+    if (max_call < 1)
+        return PyErr_Format(PyExc_ValueError, "max_call: expected at least 1, got %lld", max_call);
+    lk_cache *cache = NULL;
+    lk_status status;
+    Py_BEGIN_ALLOW_THREADS status =
+        max_tokens < 0 ? lk_cache_create(&config, n_rows, &cache)
+                       : lk_cache_create_reserved(&config, n_rows, max_tokens, max_call, &cache);
+    Py_END_ALLOW_THREADS if (status != LK_OK) return py_raise(status, "LayerCache");
+    return wrap(type, cache, &config, max_tokens);
+}
+
+static PyObject *layer_cache_copy(PyObject *object, PyObject *unused) {
+    (void)unused;
+    py_layer_cache *self = (py_layer_cache *)object;
+    lk_cache *copy = NULL;
+    lk_status status;
+    if (!py_claim(self)) return NULL;
+    Py_BEGIN_ALLOW_THREADS status = lk_cache_copy(self->cache, &copy);
+    Py_END_ALLOW_THREADS py_unclaim(self);
+    if (status != LK_OK) return py_raise(status, "copy");
+    return wrap(Py_TYPE(object), copy, &self->config, self->max_tokens);
+}
+
+static PyObject *layer_cache_deepcopy(PyObject *object, PyObject *memo) {
+    (void)memo; /* nothing inside refers to Python objects */
+    return layer_cache_copy(object, NULL);
+}
+
+static PyObject *layer_cache_reduce(PyObject *object, PyObject *unused) {
+    (void)unused;
+    return PyErr_Format(PyExc_TypeError, "%s cannot be pickled; keep gather() of each row instead",
+                        Py_TYPE(object)->tp_name);
+}
+
+/* ------------------------------------------------------------------------------------------- changes */
+
+static PyObject *layer_cache_expect_prompt(PyObject *object, PyObject *arg) {
+    py_layer_cache *self = (py_layer_cache *)object;
+    const long long n_columns = PyLong_AsLongLong(arg);
+    if (n_columns == -1 && PyErr_Occurred()) return NULL;
+    if (!py_claim(self)) return NULL;
+    const lk_status status = lk_cache_expect_prompt(self->cache, n_columns);
+    const long long now = lk_cache_n_columns(self->cache);
+    py_unclaim(self);
+    if (status == LK_E_STATE)
+        return PyErr_Format(PyExc_RuntimeError,
+                            "expect_prompt: expected an empty cache, got one with %lld columns",
+                            now);
+    if (status != LK_OK)
+        return PyErr_Format(PyExc_ValueError, "n_columns: expected at least 1, got %lld",
+                            n_columns);
+    Py_RETURN_NONE;
+}
+
+/* LK_E_LIMIT of append and attend, in words. */
+PyObject *py_raise_append(py_layer_cache *self, lk_status status, const char *what) {
+    if (status == LK_E_LIMIT)
+        return PyErr_Format(
+            PyExc_ValueError,
+            "%s: expected rows of at most max_tokens=%lld tokens, and after the prompt calls of at "
+            "most max_call tokens; got more",
+            what, (long long)self->max_tokens);
+    return py_raise(status, what);
+}
+
+static PyObject *layer_cache_append(PyObject *object, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"k", "v", "valid", NULL};
+    py_layer_cache *self = (py_layer_cache *)object;
+    PyObject *k, *v, *valid = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:append", names, &k, &v, &valid))
+        return NULL;
+    if (!py_claim(self)) return NULL;
+    lk_span span;
+    lk_status status = LK_OK;
+    const bool parsed = py_parse_span(self, k, v, valid, PY_ANY, &span);
+    if (parsed) {
+        Py_BEGIN_ALLOW_THREADS status = lk_cache_append(self->cache, &span);
+        Py_END_ALLOW_THREADS
+    }
+    py_unclaim(self);
+    if (!parsed) return NULL;
+    if (status != LK_OK) return py_raise_append(self, status, "append");
+    Py_RETURN_NONE;
+}
+
+static PyObject *layer_cache_crop(PyObject *object, PyObject *arg) {
+    py_layer_cache *self = (py_layer_cache *)object;
+    const long long n_columns = PyLong_AsLongLong(arg);
+    if (n_columns == -1 && PyErr_Occurred()) return NULL;
+    if (!py_claim(self)) return NULL;
+    const long long now = lk_cache_n_columns(self->cache);
+    const lk_status status = lk_cache_crop(self->cache, n_columns);
+    py_unclaim(self);
+    if (status != LK_OK)
+        return PyErr_Format(PyExc_ValueError, "n_columns: expected 0 to %lld, got %lld", now,
+                            n_columns);
+    Py_RETURN_NONE;
+}
+
+static PyObject *layer_cache_reset(PyObject *object, PyObject *unused) {
+    (void)unused;
+    py_layer_cache *self = (py_layer_cache *)object;
+    if (!py_claim(self)) return NULL;
+    const lk_status status = lk_cache_crop(self->cache, 0);
+    py_unclaim(self);
+    if (status != LK_OK) return py_raise(status, "reset");
+    Py_RETURN_NONE;
+}
+
+static PyObject *layer_cache_select(PyObject *object, PyObject *arg) {
+    py_layer_cache *self = (py_layer_cache *)object;
+    const int64_t *rows = py_check_contiguous(arg, "rows", NPY_INT64, 1, (int64_t[]){PY_ANY});
+    if (!rows) return NULL;
+    const npy_intp n_rows = PyArray_DIM((PyArrayObject *)arg, 0);
+    if (!py_claim(self)) return NULL;
+    const long long now = lk_cache_n_rows(self->cache);
+    lk_status status;
+    Py_BEGIN_ALLOW_THREADS status = lk_cache_select(self->cache, rows, n_rows);
+    Py_END_ALLOW_THREADS py_unclaim(self);
+    if (status == LK_E_SHAPE)
+        return PyErr_Format(PyExc_ValueError, "rows: expected at least one row, got %zd", n_rows);
+    if (status == LK_E_VALUE)
+        return PyErr_Format(PyExc_ValueError, "rows: expected indices 0 to %lld, got %R", now - 1,
+                            arg);
+    if (status != LK_OK) return py_raise(status, "select");
+    Py_RETURN_NONE;
+}
+
+/* ------------------------------------------------------------------------------------------- reports */
+
+static PyObject *layer_cache_gather(PyObject *object, PyObject *arg) {
+    py_layer_cache *self = (py_layer_cache *)object;
+    const long long row = PyLong_AsLongLong(arg);
+    if (row == -1 && PyErr_Occurred()) return NULL;
+    if (!py_claim(self)) return NULL;
+    PyObject *k = NULL, *v = NULL, *both = NULL;
+    const long long n_rows = lk_cache_n_rows(self->cache);
+    if (row < 0 || row >= n_rows) {
+        PyErr_Format(PyExc_IndexError, "row: expected 0 to %lld, got %lld", n_rows - 1, row);
+        goto done;
+    }
+    const int64_t len = lk_cache_length(self->cache, row);
+    const int type_num = py_type_num(self->config.dtype);
+    npy_intp shape[3] = {self->config.n_heads, len, self->config.head_dim};
+    k = PyArray_SimpleNew(3, shape, type_num);
+    shape[2] = self->config.v_dim;
+    v = PyArray_SimpleNew(3, shape, type_num);
+    if (!k || !v) goto done;
+    lk_status status;
+    Py_BEGIN_ALLOW_THREADS status = lk_cache_gather(
+        self->cache, row, PyArray_DATA((PyArrayObject *)k), PyArray_DATA((PyArrayObject *)v));
+    Py_END_ALLOW_THREADS if (status != LK_OK) py_raise(status, "gather");
+    else both = PyTuple_Pack(2, k, v);
+done:
+    py_unclaim(self);
+    Py_XDECREF(k);
+    Py_XDECREF(v);
+    return both;
+}
+
+static PyObject *layer_cache_memory(PyObject *object, PyObject *unused) {
+    (void)unused;
+    py_layer_cache *self = (py_layer_cache *)object;
+    if (!py_claim(self)) return NULL;
+    const lk_memory memory = lk_cache_memory(self->cache);
+    py_unclaim(self);
+    return py_memory_dict(&memory);
+}
+
+/* An int64 array with one value of each row. */
+static PyObject *per_row(PyObject *object, int64_t (*value)(const lk_cache *, int64_t)) {
+    py_layer_cache *self = (py_layer_cache *)object;
+    if (!py_claim(self)) return NULL;
+    npy_intp n_rows = lk_cache_n_rows(self->cache);
+    PyObject *array = PyArray_SimpleNew(1, &n_rows, NPY_INT64);
+    for (npy_intp b = 0; array && b < n_rows; b++)
+        ((int64_t *)PyArray_DATA((PyArrayObject *)array))[b] = value(self->cache, b);
+    py_unclaim(self);
+    return array;
+}
+
+static PyObject *get_lengths(PyObject *self, void *closure) {
+    (void)closure;
+    return per_row(self, lk_cache_length);
+}
+static PyObject *get_prompt_lengths(PyObject *self, void *closure) {
+    (void)closure;
+    return per_row(self, lk_cache_prompt);
+}
+static PyObject *get_lo(PyObject *self, void *closure) {
+    (void)closure;
+    return per_row(self, lk_cache_lo);
+}
+
+static PyObject *get_real(PyObject *object, void *closure) {
+    (void)closure;
+    py_layer_cache *self = (py_layer_cache *)object;
+    if (!py_claim(self)) return NULL;
+    npy_intp shape[2] = {lk_cache_n_rows(self->cache), lk_cache_n_columns(self->cache)};
+    PyObject *array = PyArray_SimpleNew(2, shape, NPY_BOOL);
+    for (npy_intp b = 0; array && b < shape[0]; b++)
+        lk_cache_real(self->cache, b,
+                      (uint8_t *)PyArray_DATA((PyArrayObject *)array) + b * shape[1]);
+    py_unclaim(self);
+    return array;
+}
+
+static PyObject *get_keep(PyObject *object, void *closure) {
+    (void)closure;
+    py_layer_cache *self = (py_layer_cache *)object;
+    npy_intp shape[2] = {self->config.n_heads, self->config.head_dim};
+    PyObject *array = PyArray_SimpleNew(2, shape, NPY_BOOL);
+    if (array)
+        memcpy(PyArray_DATA((PyArrayObject *)array), self->keep, (size_t)(shape[0] * shape[1]));
+    return array;
+}
+
+static PyObject *get_n_rows(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLongLong(lk_cache_n_rows(((py_layer_cache *)self)->cache));
+}
+static PyObject *get_n_columns(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLongLong(lk_cache_n_columns(((py_layer_cache *)self)->cache));
+}
+static PyObject *get_n_heads(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLong(((py_layer_cache *)self)->config.n_heads);
+}
+static PyObject *get_head_dim(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLong(((py_layer_cache *)self)->config.head_dim);
+}
+static PyObject *get_v_dim(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLong(((py_layer_cache *)self)->config.v_dim);
+}
+static PyObject *get_dtype(PyObject *self, void *closure) {
+    (void)closure;
+    return PyUnicode_FromString(py_dtype_name(((py_layer_cache *)self)->config.dtype));
+}
+static PyObject *get_sink(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLongLong(((py_layer_cache *)self)->config.sink);
+}
+static PyObject *get_recent(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLongLong(((py_layer_cache *)self)->config.recent);
+}
+static PyObject *get_slack(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLongLong(((py_layer_cache *)self)->config.slack);
+}
+static PyObject *get_max_tokens(PyObject *self, void *closure) {
+    (void)closure;
+    const int64_t max_tokens = ((py_layer_cache *)self)->max_tokens;
+    if (max_tokens < 0) Py_RETURN_NONE;
+    return PyLong_FromLongLong(max_tokens);
+}
+
+PyObject *py_predict_memory(PyObject *module, PyObject *args, PyObject *kwargs) {
+    (void)module;
+    static char *names[] = {"keep",  "lengths", "sink",       "recent",   "slack",
+                            "dtype", "v_dim",   "max_tokens", "max_call", NULL};
+    PyObject *keep, *lengths_arg, *dtype = NULL, *v_dim = NULL, *max_tokens_arg = NULL;
+    long long sink = MISSING, recent = MISSING, slack = 64, max_call = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$LLLOOOL:predict_memory", names, &keep,
+                                     &lengths_arg, &sink, &recent, &slack, &dtype, &v_dim,
+                                     &max_tokens_arg, &max_call))
+        return NULL;
+    if (is_missing(sink, "sink") || is_missing(recent, "recent")) return NULL;
+    lk_config config;
+    int64_t max_tokens;
+    if (!py_parse_config(keep, dtype, v_dim, sink, recent, slack, &config)) return NULL;
+    if (!py_parse_limit(max_tokens_arg, "max_tokens", &max_tokens)) return NULL;
+    const int64_t *lengths =
+        py_check_contiguous(lengths_arg, "lengths", NPY_INT64, 1, (int64_t[]){PY_ANY});
+    if (!lengths) return NULL;
+    if (max_call < 1)
+        return PyErr_Format(PyExc_ValueError, "max_call: expected at least 1, got %lld", max_call);
+    lk_memory memory;
+    const lk_status status =
+        lk_predict_memory(&config, lengths, PyArray_DIM((PyArrayObject *)lengths_arg, 0),
+                          max_tokens, max_call, &memory);
+    if (status == LK_E_VALUE)
+        return PyErr_Format(PyExc_ValueError, "lengths: expected 0 or more tokens, got %R",
+                            lengths_arg);
+    if (status != LK_OK) return py_raise(status, "predict_memory");
+    return py_memory_dict(&memory);
+}
+
+/* clang-format off */
+static PyMethodDef methods[] = {
+    {"expect_prompt", layer_cache_expect_prompt, METH_O,
+     "expect_prompt(n_columns)\n--\n\nAnnounce that the first n_columns columns are the prompt."},
+    {"append", (PyCFunction)(void (*)(void))layer_cache_append, METH_VARARGS | METH_KEYWORDS,
+     "append(k, v, valid=None)\n--\n\nStore K [B, Hkv, T, D] and V [B, Hkv, T, Dv] of T new columns."},
+    {"crop", layer_cache_crop, METH_O,
+     "crop(n_columns)\n--\n\nKeep the first n_columns columns."},
+    {"select", layer_cache_select, METH_O,
+     "select(rows)\n--\n\nMake row i the former row rows[i] (int64 array); pages are shared."},
+    {"reset", layer_cache_reset, METH_NOARGS, "reset()\n--\n\nMake every row empty."},
+    {"copy", layer_cache_copy, METH_NOARGS, "copy()\n--\n\nReturn a cache that shares all pages until one writes."},
+    {"gather", layer_cache_gather, METH_O,
+     "gather(row)\n--\n\nReturn (k [Hkv, L, D], v [Hkv, L, Dv]) of one row; NaN where nothing is stored."},
+    {"memory", layer_cache_memory, METH_NOARGS, "memory()\n--\n\nReturn the bytes of live pages and twins."},
+    {"__deepcopy__", layer_cache_deepcopy, METH_O, NULL},
+    {"__copy__", layer_cache_copy, METH_NOARGS, NULL},
+    {"__reduce__", layer_cache_reduce, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef getset[] = {
+    {"keep", get_keep, NULL, "bool [Hkv, D], a copy of the mask", NULL},
+    {"n_rows", get_n_rows, NULL, "B", NULL},
+    {"n_columns", get_n_columns, NULL, "columns stored, padding included", NULL},
+    {"n_heads", get_n_heads, NULL, "Hkv", NULL},
+    {"head_dim", get_head_dim, NULL, "D", NULL},
+    {"v_dim", get_v_dim, NULL, "Dv", NULL},
+    {"dtype", get_dtype, NULL, "'float32', 'bfloat16' or 'float16'", NULL},
+    {"sink", get_sink, NULL, "S0, tokens at the start that keep every channel", NULL},
+    {"recent", get_recent, NULL, "W, tokens at the end that keep every channel", NULL},
+    {"slack", get_slack, NULL, "tokens beyond W whose dropped channels stay, for crops", NULL},
+    {"max_tokens", get_max_tokens, NULL, "limit of a reserved cache, None if it grows", NULL},
+    {"lengths", get_lengths, NULL, "int64 [B], tokens of each row", NULL},
+    {"prompt_lengths", get_prompt_lengths, NULL, "int64 [B], -1 while the prompt is not complete", NULL},
+    {"lo", get_lo, NULL, "int64 [B], first position after the sink whose dropped channels are stored", NULL},
+    {"real", get_real, NULL, "bool [B, columns], False where a column is padding", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+/* clang-format on */
+
+PyDoc_STRVAR(doc,
+             "LayerCache(keep, *, n_rows, sink, recent, slack=64, dtype='float32', v_dim=None, "
+             "max_tokens=None, "
+             "max_call=1)\n--\n\n"
+             "Packed K and V of one attention layer.\n\n"
+             "Keys of the first `sink` and last `recent` tokens keep all D channels, the others "
+             "only those of the\n"
+             "mask `keep` (bool [Hkv, D]); heads that keep nothing store no K and no V there.\n\n"
+             "Parameters\n----------\n"
+             "keep : bool array [Hkv, D], each head keeps a multiple of 8 channels\n"
+             "n_rows : int, B\n"
+             "sink, recent : int, tokens\n"
+             "slack : int, tokens beyond `recent` that stay whole so that crops lose nothing\n"
+             "dtype : 'float32', 'bfloat16' (arrays cross as uint16) or 'float16'\n"
+             "v_dim : int, Dv, D if None\n"
+             "max_tokens : int, allocate for rows of this many tokens now; None: grow\n"
+             "max_call : int, with max_tokens: tokens of the longest call after the prompt\n\n"
+             "Raises\n------\n"
+             "ValueError, TypeError : an argument does not fit; the message names it\n"
+             "MemoryError : an allocation failed; a cache is then as it was before the call\n\n"
+             "Source: LeanK, arXiv 2508.02215, section 3.");
+
+static PyType_Slot slots[] = {
+    {Py_tp_new, layer_cache_new}, {Py_tp_dealloc, layer_cache_dealloc},
+    {Py_tp_methods, methods},     {Py_tp_getset, getset},
+    {Py_tp_doc, (void *)doc},     {0, NULL},
+};
+
+PyType_Spec py_layer_cache_spec = {
+    .name = "leank.LayerCache",
+    .basicsize = sizeof(py_layer_cache),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = slots,
+};

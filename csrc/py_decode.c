@@ -1,0 +1,83 @@
+/* py_decode.c: leank.decode: one step of one layer. */
+#include "py_args.h"
+
+#include <math.h>
+
+PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"cache", "q", "k", "v", "valid", "scale", "out", "n_threads", NULL};
+    py_state *state = PyModule_GetState(module);
+    PyObject *cache_arg, *q_arg, *k = Py_None, *v = Py_None, *valid = Py_None, *scale_arg = Py_None;
+    PyObject *out_arg = Py_None, *result = NULL;
+    int n_threads = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|OO$OOOi:decode", names,
+                                     state->layer_cache_type, &cache_arg, &q_arg, &k, &v, &valid,
+                                     &scale_arg, &out_arg, &n_threads))
+        return NULL;
+    py_layer_cache *self = (py_layer_cache *)cache_arg;
+    if ((k == Py_None) != (v == Py_None))
+        return PyErr_Format(PyExc_TypeError, "k, v: expected both or neither, got one");
+    if (k == Py_None && valid != Py_None)
+        return PyErr_Format(PyExc_TypeError, "valid: expected only together with k and v");
+    double scale = 1.0 / sqrt((double)self->config.head_dim);
+    if (scale_arg != Py_None) {
+        scale = PyFloat_AsDouble(scale_arg);
+        if (scale == -1.0 && PyErr_Occurred()) return NULL;
+        if (!isfinite(scale))
+            return PyErr_Format(PyExc_ValueError, "scale: expected a finite number, got %R",
+                                scale_arg);
+    }
+    if (!py_claim(self)) return NULL;
+
+    const int64_t n_rows = lk_cache_n_rows(self->cache), n_heads = self->config.n_heads;
+    const int type_num = py_type_num(self->config.dtype);
+    PyObject *out = NULL;
+    lk_span span = {0};
+    lk_decode_args call = {.cache = self->cache, .scale = (float)scale, .n_threads = n_threads};
+    PyArrayObject *q = py_check_array(
+        q_arg, "q", type_num, 4, (int64_t[]){n_rows, PY_ANY, PY_ANY, self->config.head_dim}, false);
+    if (!q) goto done;
+    call.q = PyArray_DATA(q);
+    call.n_q_heads = PyArray_DIM(q, 1);
+    call.n_columns = PyArray_DIM(q, 2);
+    py_elem_strides(q, 3, call.q_stride);
+    if (call.n_q_heads < 1 || call.n_q_heads % n_heads != 0) {
+        PyErr_Format(PyExc_ValueError, "q: expected a multiple of %lld heads, got %lld",
+                     (long long)n_heads, (long long)call.n_q_heads);
+        goto done;
+    }
+    if (call.n_columns < 1) {
+        PyErr_Format(PyExc_ValueError, "q: expected at least one column, got 0");
+        goto done;
+    }
+    if (k != Py_None) {
+        if (!py_parse_span(self, k, v, valid, call.n_columns, &span)) goto done;
+    } else if (call.n_columns != 1 || lk_cache_n_columns(self->cache) < 1) {
+        /* Several queries need what storing their tokens may already have retired. */
+        PyErr_Format(
+            PyExc_ValueError,
+            "q: expected one column and a cache that has it, got %lld columns and a cache of %lld "
+            "(pass k and v of new tokens to attend to several at once)",
+            (long long)call.n_columns, (long long)lk_cache_n_columns(self->cache));
+        goto done;
+    }
+    npy_intp shape[4] = {n_rows, call.n_q_heads, call.n_columns, self->config.v_dim};
+    if (out_arg == Py_None) {
+        out = PyArray_SimpleNew(4, shape, type_num);
+    } else {
+        const int64_t want[4] = {shape[0], shape[1], shape[2], shape[3]};
+        out = Py_XNewRef((PyObject *)py_check_array(out_arg, "out", type_num, 4, want, true));
+    }
+    if (!out) goto done;
+    call.o = PyArray_DATA((PyArrayObject *)out);
+    py_elem_strides((PyArrayObject *)out, 3, call.o_stride);
+
+    lk_status status;
+    Py_BEGIN_ALLOW_THREADS status =
+        k != Py_None ? lk_attend(self->cache, &span, &call) : lk_decode(&call);
+    Py_END_ALLOW_THREADS if (status == LK_OK) result = Py_NewRef(out);
+    else py_raise_append(self, status, "decode");
+done:
+    py_unclaim(self);
+    Py_XDECREF(out);
+    return result;
+}
