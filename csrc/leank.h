@@ -111,8 +111,8 @@ typedef struct lk_cache lk_cache;
 /* An empty growing cache. The mask must pass lk_mask_check with align LK_CHANNEL_STEP. */
 lk_status lk_cache_create(const lk_config *config, int64_t n_rows, lk_cache **out);
 
-/* An empty reserved cache: everything that rows of at most max_tokens tokens and calls of at most max_call
- * columns need after the prompt is allocated now, and appending past a limit is LK_E_LIMIT. (A prompt fed in
+/* An empty reserved cache: everything that rows of at most max_tokens tokens and calls of at most max_call tokens
+ * of a row need after the prompt is allocated now, and appending past a limit is LK_E_LIMIT. (A prompt fed in
  * several calls keeps its dropped channels until it is complete; those come from the allocator and go back.) */
 lk_status lk_cache_create_reserved(const lk_config *config, int64_t n_rows, int64_t max_tokens,
                                    int64_t max_call, lk_cache **out);

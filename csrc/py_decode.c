@@ -22,8 +22,9 @@ PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (scale_arg != Py_None) {
         scale = PyFloat_AsDouble(scale_arg);
         if (scale == -1.0 && PyErr_Occurred()) return NULL;
-        if (!isfinite(scale))
-            return PyErr_Format(PyExc_ValueError, "scale: expected a finite number, got %R",
+        if (!isfinite((float)scale))
+            return PyErr_Format(PyExc_ValueError,
+                                "scale: expected a number that is finite in float32, got %R",
                                 scale_arg);
     }
     if (!py_claim(self)) return NULL;
