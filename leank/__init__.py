@@ -1,0 +1,76 @@
+"""LeanK: attention over a K cache of which a learned, static part is not stored.
+
+Importing this module changes nothing in any other library, and imports none but NumPy; what needs
+PyTorch and transformers is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from leank import _C
+from leank._C import LayerCache, decode
+from leank.masks import ChannelMask, MaskFileError
+
+if TYPE_CHECKING:
+    from leank._patch import make_cache, patch, unpatch
+    from leank.cache import LeanKCache
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChannelMask",
+    "LayerCache",
+    "LeanKCache",
+    "MaskFileError",
+    "capabilities",
+    "decode",
+    "make_cache",
+    "patch",
+    "unpatch",
+]
+
+_NEEDS_TORCH = {
+    "LeanKCache": "leank.cache",
+    "make_cache": "leank._patch",
+    "patch": "leank._patch",
+    "unpatch": "leank._patch",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _NEEDS_TORCH:
+        raise AttributeError(f"module 'leank' has no attribute {name!r}")
+    try:
+        return getattr(import_module(_NEEDS_TORCH[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise ImportError(
+            f"leank.{name} needs {error.name}: pip install 'leank[hf]'", name=error.name
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NEEDS_TORCH])
+
+
+def capabilities() -> dict[str, object]:
+    """Tell what was built and what this machine can run.
+
+    Returns
+    -------
+    dict
+        ``version``; ``isa``, the variant in use; ``isa_built``, {variant: can run here}, best
+        first; ``compiler``; ``openmp``, the version date of OpenMP, 0 when built without.
+
+    Raises
+    ------
+    ValueError
+        ``LEANK_ISA`` names a variant that is not built or cannot run here.
+    """
+    return {
+        "version": __version__,
+        "isa": _C.isa(),
+        "isa_built": _C.isa_built(),
+        **_C.build_info(),
+    }

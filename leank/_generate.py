@@ -1,0 +1,139 @@
+"""The methods that ``generate`` meets on a patched model, in place of those of its class.
+
+They give it a LeanKCache, announce the prompt, refuse what does not work with it, and say so when
+an answer is dense. Each calls the class's method for the rest.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import warnings
+
+import transformers
+from transformers.generation import GenerationMode
+
+from .cache import LeanKCache, patch_of
+
+_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+# How the class's versions of the methods in REPLACED must begin.
+HOOKS = {
+    "generate": ["self"],
+    "_prepare_cache_for_generation": [
+        "self",
+        "generation_config",
+        "model_kwargs",
+        "generation_mode",
+    ],
+    "_prefill": ["self", "input_ids", "generation_config", "model_kwargs"],
+}
+
+
+class _Call:
+    """What is known about the generate() call that runs."""
+
+    def __init__(self) -> None:
+        self.prepared = False
+        self.cache: LeanKCache | None = None
+        self.n_columns = 0  # in the cache before the call
+
+
+_current: contextvars.ContextVar[_Call | None] = contextvars.ContextVar(
+    "leank_generate", default=None
+)
+
+
+def _generate(self, *args, **kwargs):
+    """As the class's ``generate``, and certain that the pruned cache was used."""
+    call = _Call()
+    token = _current.set(call)
+    try:
+        result = type(self).generate(self, *args, **kwargs)
+    finally:
+        _current.reset(token)
+    unused = call.cache is not None and call.cache.get_seq_length() == call.n_columns
+    if not call.prepared or unused:
+        missed = "use the model's cache" if call.prepared else "ask the model for its cache"
+        raise RuntimeError(
+            f"generate: transformers {transformers.__version__} did not {missed}, so the answer "
+            "would be a dense one; leank.unpatch(model) to get it"
+        )
+    return result
+
+
+def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+    """Put a LeanKCache where the class would put a DynamicCache."""
+    call = _current.get() or _Call()
+    call.prepared = True
+    handle = patch_of(self)
+    given = model_kwargs.get("past_key_values")
+    if given is not None and not isinstance(given, LeanKCache):
+        _warn_dense(f"past_key_values is a {type(given).__name__}, not a LeanKCache")
+    elif given is None and generation_config.use_cache is False:
+        _warn_dense("use_cache is False")
+    else:
+        _refuse(generation_config, generation_mode)
+        if given is None:
+            model_kwargs["past_key_values"] = call.cache = handle.make_cache()
+            return None
+        handle.check_cache(given)
+        call.cache, call.n_columns = given, given.get_seq_length()
+    return type(self)._prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, *args, **kwargs
+    )
+
+
+def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+    """Announce the prompt, which is known here before it is cut into chunks."""
+    cache = model_kwargs.get("past_key_values")
+    dense = patch_of(self).prefill == "dense"
+    if dense and isinstance(cache, LeanKCache) and cache.get_seq_length() == 0:
+        prompt = model_kwargs.get("inputs_embeds")
+        cache.expect_prompt((input_ids if prompt is None else prompt).shape[1])
+    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _init_continuous_batching(self, *args, **kwargs):
+    raise NotImplementedError(
+        "continuous batching: not supported on a patched model; call leank.unpatch(model) first"
+    )
+
+
+REPLACED = {
+    "generate": _generate,
+    "_prepare_cache_for_generation": _prepare_cache,
+    "_prefill": _prefill,
+    "init_continuous_batching": _init_continuous_batching,
+}
+
+
+def _refuse(generation_config, generation_mode) -> None:
+    """Raise for what generate() can do, but not with a LeanKCache."""
+    mode = getattr(generation_mode, "value", generation_mode)
+    if generation_mode not in _MODES or generation_config.is_assistant:
+        expected = ", ".join(mode.value for mode in _MODES)
+        got = "the assistant of another model" if generation_config.is_assistant else mode
+        raise NotImplementedError(
+            f"generation mode: expected one of {expected} on a patched model, got {got}"
+        )
+    kind = generation_config.cache_implementation
+    if kind not in (None, "dynamic"):
+        raise NotImplementedError(
+            f"cache_implementation: expected None on a patched model, got {kind!r}"
+        )
+    if generation_config.output_attentions:
+        raise NotImplementedError(
+            "output_attentions: expected False on a patched model, which never forms the weights"
+        )
+
+
+def _warn_dense(reason: str) -> None:
+    warnings.warn(
+        f"generate() on a model patched by LeanK runs dense, without pruning: {reason}",
+        UserWarning,
+        stacklevel=5,
+    )

@@ -1,0 +1,232 @@
+"""``leank.patch``: make a HuggingFace model answer from a pruned cache, and put it back.
+
+What changes while a model is patched, and all of it goes away again: the name of the attention
+implementation in its config, one instance attribute for each method in ``REPLACED`` of
+``leank._generate``, and one that holds the handle. Weights, classes and modules are not touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import types
+from typing import Literal
+
+import transformers
+from torch import nn
+
+from . import attention
+from ._generate import HOOKS, REPLACED
+from .cache import HANDLE, LeanKCache, patch_of, resolve_window
+from .masks import ChannelMask
+from .models import PREFIX, Layout, inspect_model
+
+# Where generate() keeps a compiled forward: it was traced with the other attention.
+_COMPILED = ("_compiled_call", "_last_compile_config")
+
+
+class Patch:
+    """What ``leank.patch`` returns; as a context manager it unpatches at the end of the block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: ChannelMask,
+        layout: Layout,
+        window: dict[str, int],
+        prefill: str,
+    ) -> None:
+        self.model, self.mask, self.layout = model, mask, layout
+        self.window, self.prefill = window, prefill
+        self._compiled: dict = {}
+
+    def __enter__(self) -> Patch:
+        """Return the handle; the model is patched already."""
+        if self.model.__dict__.get(HANDLE) is not self:
+            raise RuntimeError("patch: this handle was unpatched; call leank.patch again")
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Unpatch, unless the block did so already: then the model is not ours to change."""
+        if self.model.__dict__.get(HANDLE) is self:
+            self._undo()
+
+    def make_cache(self) -> LeanKCache:
+        """Return an empty cache with the patch's mask and window."""
+        return LeanKCache(self.mask, **self.window)
+
+    def _apply(self) -> None:
+        attention.register()
+        state = self.model.__dict__
+        self._compiled = {name: state.pop(name) for name in _COMPILED if name in state}
+        for name, function in REPLACED.items():
+            if hasattr(type(self.model), name):
+                state[name] = types.MethodType(function, self.model)
+        state[HANDLE] = self
+        for config in self.layout.configs:
+            config._attn_implementation = PREFIX + self.layout.base
+
+    def _undo(self) -> None:
+        for config in self.layout.configs:
+            # Someone may have chosen another implementation since; that choice stays.
+            if config._attn_implementation == PREFIX + self.layout.base:
+                config._attn_implementation = self.layout.base
+        state = self.model.__dict__
+        for name in (*REPLACED, *_COMPILED, HANDLE):
+            state.pop(name, None)
+        state.update(self._compiled)
+
+    def check_cache(self, cache: LeanKCache) -> None:
+        """Require that a user's cache prunes as this patch does."""
+        own = self.make_cache()
+        same = len(own) == len(cache) and all(
+            a.window == b.window and (a.keep == b.keep).all()
+            for a, b in zip(own.layers, cache.layers, strict=True)
+        )
+        if not same:
+            raise ValueError(
+                "past_key_values: expected a LeanKCache with the mask and window of this patch, "
+                "got one with others"
+            )
+
+
+def patch(
+    model: nn.Module,
+    mask: ChannelMask | str | os.PathLike,
+    *,
+    sink: int | None = None,
+    recent: int | None = None,
+    slack: int = 64,
+    prefill: Literal["dense", "pruned"] = "dense",
+) -> Patch:
+    """
+    Make ``model.generate`` keep a pruned K cache, until ``unpatch`` or the end of a ``with`` block.
+
+    Plain forwards prune when they are given ``leank.make_cache(model)``; without a cache, and with
+    any other cache, they compute what they always did, and ``generate`` then warns. Assisted
+    decoding, static, quantized and offloaded caches, attention weights as output and continuous
+    batching are refused.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A Llama or Qwen2 causal language model on the CPU, in float32, bfloat16 or float16, with
+        sdpa or eager attention.
+    mask : ChannelMask or path
+        Channels to keep, [layers, KV heads, head dim]; or a mask file.
+    sink, recent : int, optional
+        The window: first and last tokens whose K stays whole. Default: what the mask was learned
+        with; must be given if the mask does not say.
+    slack : int
+        Tokens beyond ``recent`` that stay whole too, so that taking back so many changes nothing.
+    prefill : {"dense", "pruned"}
+        "dense": the whole prompt of ``generate`` attends densely, also in chunks. "pruned": only
+        its first chunk does, and the rest frees its dropped channels at once; the result depends on
+        the chunks.
+
+    Returns
+    -------
+    Patch
+        Context manager, to be ignored where ``unpatch`` is called instead.
+
+    Raises
+    ------
+    TypeError
+        The model's class was not tested, or ``mask`` is no mask.
+    ValueError
+        The mask does not fit, the window is not known, or the model is patched already or is set up
+        in a way that is not supported.
+    RuntimeError
+        This version of transformers has no place to hook into.
+
+    Examples
+    --------
+    >>> with leank.patch(model, "mask.safetensors"):                    # doctest: +SKIP
+    ...     tokens = model.generate(**inputs, max_new_tokens=64)
+    """
+    if isinstance(mask, (str, os.PathLike)):
+        mask = ChannelMask.load(mask)
+    if not isinstance(mask, ChannelMask):
+        raise TypeError(f"mask: expected a ChannelMask or a path, got {type(mask).__name__}")
+    if prefill not in ("dense", "pruned"):
+        raise ValueError(f'prefill: expected "dense" or "pruned", got {prefill!r}')
+    _check_free(model)
+    layout = inspect_model(model)
+    if mask.keep.shape != layout.mask_shape:
+        raise ValueError(
+            f"mask: expected {layout.mask_shape} [layers, kv_heads, head_dim], "
+            f"got {mask.keep.shape}"
+        )
+    window = resolve_window(mask, sink, recent, slack)
+    _check_hooks(type(model))
+    handle = Patch(model, mask, layout, window, prefill)
+    handle._apply()
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """
+    Undo ``leank.patch``: the model has the attributes and gives the logits that it had before.
+
+    Caches that it filled stay readable, but only a patched model can go on with them. The attention
+    functions stay registered in transformers, where they do nothing until a config names them.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The patched model, or a copy of it.
+
+    Raises
+    ------
+    ValueError
+        The model is not patched.
+    """
+    patch_of(model)._undo()
+
+
+def make_cache(model: nn.Module) -> LeanKCache:
+    """
+    Return an empty pruned cache for plain forwards of a patched model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The patched model.
+
+    Returns
+    -------
+    LeanKCache
+        To be passed as ``past_key_values``. If a prompt comes in several calls, announce it with
+        ``expect_prompt``.
+
+    Raises
+    ------
+    ValueError
+        The model is not patched.
+    """
+    return patch_of(model).make_cache()
+
+
+def _check_free(model: nn.Module) -> None:
+    state = getattr(model, "__dict__", {})
+    if HANDLE in state:
+        raise ValueError(
+            "model: expected one that is not patched, got one that is; "
+            "call leank.unpatch(model) first"
+        )
+    taken = [name for name in REPLACED if name in state]
+    if taken:
+        raise ValueError(
+            f"model: expected the methods of its class, got others for {', '.join(taken)}"
+        )
+
+
+def _check_hooks(cls: type) -> None:
+    for name, expected in HOOKS.items():
+        method = getattr(cls, name, None)
+        got = list(inspect.signature(method).parameters)[: len(expected)] if method else None
+        if got != expected:
+            raise RuntimeError(
+                f"transformers {transformers.__version__}: expected {cls.__name__}.{name} to begin "
+                f"with {expected}, got {got}; LeanK's hf extra names the versions that work"
+            )

@@ -1,0 +1,218 @@
+"""Attention over a ``LeanKCache``, as functions that transformers finds by name.
+
+There is one name per implementation that it builds on (``leank_sdpa``, ``leank_eager``). With any
+other cache, or none, they are that implementation, bit for bit. The first call of a cache goes
+there as well: a prompt attends densely and nothing is stored yet; then its K and V are packed.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from . import _C
+from .cache_layer import LeanKLayer, NewTokens
+from .models import BASES, PREFIX
+
+# Arguments of the interface that change the attention in a way that the packed one does not know.
+_UNKNOWN = ("softcap", "s_aux", "position_bias", "sliding_window", "cache")
+_CHECK_ROWS = 256
+
+
+def register() -> None:
+    """
+    Register attention and mask functions under our names.
+
+    They stay registered: a name acts only where a config carries it, and a copy of a patched model
+    still carries it after the original was unpatched. The mask function must have the same name, or
+    models get no mask at all and padding is attended to.
+    """
+    for base in BASES:
+        AttentionInterface.register(PREFIX + base, _FUNCTIONS[base])
+        AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _attention(base: str, module, query, key, value, attention_mask, *args, **kwargs):
+    forward = _base_forward(base, module)
+    if not isinstance(key, NewTokens):
+        return forward(module, query, key, value, attention_mask, *args, **kwargs)
+    _refuse(module, query, key, args, kwargs)
+    layer, k, v = key.layer, key.k, key.v
+    valid = _columns(key, attention_mask)
+    store = layer.open(k, v)
+    if store.n_columns == 0:
+        out, _ = forward(module, query, k, v, attention_mask, **kwargs)
+        store.append(_array(k), _array(v), valid)
+    else:
+        call = (layer, valid, kwargs.get("scaling"))
+        needs_grad = torch.is_grad_enabled() and (
+            layer.anchor is not None or query.requires_grad or k.requires_grad or v.requires_grad
+        )
+        out = (
+            _Decode.apply(query, k, v, layer.anchor, call)
+            if needs_grad
+            else _decode(query, k, v, call)
+        )
+    if torch.is_grad_enabled() and layer.anchor is None and (k.requires_grad or v.requires_grad):
+        layer.anchor = torch.zeros((), requires_grad=True)
+    return out, None
+
+
+_FUNCTIONS = {base: partial(_attention, base) for base in BASES}
+
+
+def _base_forward(base: str, module):
+    if base == "eager":
+        # Not in the registry: each model file has its own.
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def _decode(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple) -> torch.Tensor:
+    """Put K and V, attend, settle; returns [B, T, Hq, Dv] contiguous."""
+    layer, valid, scale = call
+    n_rows, n_heads, n_columns, _ = query.shape
+    out = torch.empty(n_rows, n_columns, n_heads, v.shape[-1], dtype=query.dtype)
+    _C.decode(
+        layer.store,
+        _array(query),
+        _array(k),
+        _array(v),
+        valid=valid,
+        scale=scale,
+        out=_array(out.transpose(1, 2)),
+        n_threads=torch.get_num_threads(),
+    )
+    return out
+
+
+class _Decode(torch.autograd.Function):
+    """``_decode`` where autograd looks on: stored tokens have no gradient, so backward raises."""
+
+    @staticmethod
+    def forward(ctx, query, k, v, anchor, call):
+        return _decode(query, k, v, call)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "backward: there is no gradient through a pruned cache; train without a cache "
+            "(use_cache=False), or on an unpatched model"
+        )
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """View as an array, bfloat16 as uint16; copies only if the last axis has a stride."""
+    tensor = tensor.detach()
+    if tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy()
+
+
+def _refuse(module, query: torch.Tensor, tokens: NewTokens, args: tuple, kwargs: dict) -> None:
+    for name in _UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: expected None with a LeanKCache, got a value")
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise ValueError("is_causal: expected True with a LeanKCache, got False")
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise ValueError(
+            "output_attentions: expected False with a LeanKCache, which never forms the weights"
+        )
+    if kwargs.get("dropout"):
+        raise ValueError(
+            f"dropout: expected 0 with a LeanKCache, got {kwargs['dropout']}; call model.eval()"
+        )
+    if args:
+        raise TypeError(
+            f"attention: expected keyword arguments after the mask, got {len(args)} positional ones"
+        )
+    if query.dtype != tokens.k.dtype:
+        raise ValueError(f"q: expected {tokens.k.dtype} as K has, got {query.dtype}")
+
+
+# --------------------------------------------------------------------- which columns are tokens
+
+
+def _columns(tokens: NewTokens, mask: torch.Tensor | None) -> np.ndarray | None:
+    """
+    Return ``valid`` [B, T] of this call, None if all are tokens.
+
+    All layers of a forward get the same mask, so it is read once and kept on the cache.
+    """
+    cache, layer, k = tokens.cache, tokens.layer, tokens.k
+    key = (layer.get_seq_length(), k.shape[0], k.shape[2])
+    if cache.columns is not None:
+        seen, seen_key, valid = cache.columns
+        if seen_key == key and (mask is None if seen is None else seen() is mask):
+            return valid
+    valid = _read_mask(layer, mask, *key)
+    cache.columns = (None if mask is None else weakref.ref(mask), key, valid)
+    return valid
+
+
+def _read_mask(
+    layer: LeanKLayer, mask: torch.Tensor | None, n_past: int, n_rows: int, n_new: int
+) -> np.ndarray | None:
+    if mask is None:
+        if n_past and int(layer.store.lengths.sum()) != n_rows * n_past:
+            raise ValueError(
+                f"attention_mask: expected {(n_rows, n_past + n_new)} because the cache has "
+                "padding in its columns, got None or all ones"
+            )
+        return None
+    shape = (n_rows, 1, n_new, n_past + n_new)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or tuple(mask.shape)[1:] != shape[1:]:
+        got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: expected {shape}, the same for all heads, got {got}")
+    allowed = _allowed(mask).expand(n_rows, 1, n_new, n_past + n_new)[:, 0]
+    tokens = allowed[:, -1]
+    real = tokens.numpy()
+    if n_past and not np.array_equal(real[:, :n_past], layer.store.real):
+        row, column = np.argwhere(real[:, :n_past] != layer.store.real)[0]
+        raise ValueError(
+            "attention_mask: expected the padding that the cache was filled with, "
+            f"got another value for row {row}, column {column}"
+        )
+    _check_causal(allowed, tokens, n_past)
+    valid = real[:, n_past:]
+    return None if valid.all() else np.ascontiguousarray(valid)
+
+
+def _allowed(mask: torch.Tensor) -> torch.Tensor:
+    """Boolean form of a mask that is bool, or 0 and the dtype's least value."""
+    if mask.dtype == torch.bool:
+        return mask
+    allowed = mask == 0
+    if not mask.is_floating_point() or not (allowed | (mask <= torch.finfo(mask.dtype).min)).all():
+        raise ValueError(
+            "attention_mask: expected only 0 and -inf, got other values (a bias such as alibi)"
+        )
+    return allowed
+
+
+def _check_causal(allowed: torch.Tensor, tokens: torch.Tensor, n_past: int) -> None:
+    """Require that each query token sees the tokens up to itself; padding may see anything."""
+    n_new, n_all = allowed.shape[1:]
+    column = torch.arange(n_all)
+    for start in range(0, n_new - 1, _CHECK_ROWS):  # the last query row is where tokens come from
+        rows = torch.arange(start, min(start + _CHECK_ROWS, n_new))
+        expected = tokens[:, None] & (column <= n_past + rows[:, None])
+        wrong = (allowed[:, start : start + _CHECK_ROWS] != expected).any(-1) & tokens[
+            :, n_past + rows
+        ]
+        if wrong.any():
+            row, query = (int(i) for i in wrong.nonzero()[0])
+            raise ValueError(
+                "attention_mask: expected causal attention with padding columns hidden, "
+                f"got another pattern for row {row}, query column {start + query}"
+            )

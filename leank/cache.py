@@ -1,0 +1,200 @@
+"""The HuggingFace cache of a patched model: one packed layer cache per attention layer."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .cache_layer import LeanKLayer, NewTokens, cropped
+from .masks import ChannelMask
+
+if TYPE_CHECKING:
+    from ._patch import Patch
+
+HANDLE = "_leank_patch"  # the attribute of a patched model that holds its handle
+_MEMORY = ("k_bytes", "v_bytes", "total_bytes", "slab_bytes", "n_pages", "n_twins")
+
+
+class LeanKCache(Cache):
+    """
+    Cache for a patched model: K and V in pages, dropped K channels only inside the window.
+
+    ``generate`` on a patched model makes one by itself; ``leank.make_cache(model)`` makes one for
+    plain forwards. Lengths are in columns, as everywhere in transformers: padding counts there, but
+    is not stored. It cannot be offloaded, compiled or pickled; ``copy.deepcopy`` shares pages.
+
+    Parameters
+    ----------
+    mask : ChannelMask
+        Which K channels are kept.
+    sink, recent : int, optional
+        The window, S0 first and W last tokens; default: the mask's own.
+    slack : int
+        Tokens beyond W whose dropped channels stay, so that a crop of that many changes nothing.
+
+    Raises
+    ------
+    ValueError
+        The mask knows no window and none is given, or a number is out of range.
+
+    Examples
+    --------
+    >>> cache = leank.make_cache(model)                                 # doctest: +SKIP
+    >>> out = model(ids, past_key_values=cache)                         # doctest: +SKIP
+    >>> cache.get_seq_length(), cache.memory()["total_bytes"]           # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        mask: ChannelMask,
+        *,
+        sink: int | None = None,
+        recent: int | None = None,
+        slack: int = 64,
+    ) -> None:
+        window = resolve_window(mask, sink, recent, slack)
+        super().__init__(layers=[LeanKLayer(keep, **window) for keep in mask.keep])
+        self.columns = None  # what leank.attention read from this forward's mask
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args,
+        **kwargs,
+    ) -> tuple[NewTokens, NewTokens]:
+        """Hand new K and V to the attention function; returns the same handle twice."""
+        if layer_idx == 0:
+            self.columns = None
+            lengths = {layer.get_seq_length() for layer in self.layers}
+            if len(lengths) > 1:
+                raise RuntimeError(
+                    f"LeanKCache: layers hold {sorted(lengths)} columns because an earlier forward "
+                    "did not finish; cache.crop(0) goes back to the last one that did"
+                )
+        layer = self.layers[layer_idx]
+        tokens = NewTokens(self, layer, *layer.update(key_states, value_states))
+        return tokens, tokens
+
+    def expect_prompt(self, n_columns: int) -> None:
+        """
+        Announce that the first columns are the prompt, however many calls bring them.
+
+        The prompt attends densely. Without this a row's prompt is its first call that has a token
+        of it. ``generate`` announces its prompt by itself.
+
+        Parameters
+        ----------
+        n_columns : int
+            Columns of the prompt, padding included.
+
+        Raises
+        ------
+        ValueError
+            The cache has columns already, or ``n_columns`` is not positive.
+        """
+        if self.get_seq_length():
+            raise ValueError(f"cache: expected no column yet, got {self.get_seq_length()}")
+        if n_columns < 1:
+            raise ValueError(f"n_columns: expected at least 1, got {n_columns}")
+        for layer in self.layers:
+            layer.prompt_columns = int(n_columns)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Remove the last columns.
+
+        After a forward that stopped half way, all layers first go back to what they share.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            0 or minus the number of columns to remove, as in transformers.
+
+        Raises
+        ------
+        ValueError
+            The number is positive.
+        """
+        shared = min(layer.get_seq_length() for layer in self.layers)
+        n_columns = cropped(shared, tokens_to_remove)
+        for layer in self.layers:
+            layer.crop_to(n_columns)
+
+    def memory(self) -> dict[str, int]:
+        """
+        Sum the live buffers of all layers; pages that rows share count once.
+
+        Returns
+        -------
+        dict
+            ``k_bytes``, ``v_bytes``, ``total_bytes``, ``slab_bytes`` (taken from the allocator),
+            ``n_pages``, ``n_twins``.
+        """
+        total = dict.fromkeys(_MEMORY, 0)
+        for layer in self.layers:
+            if layer.store is not None:
+                for name, value in layer.store.memory().items():
+                    total[name] += value
+        return total
+
+    def __iter__(self):
+        """Fail: there are no dense K and V."""
+        raise TypeError(
+            "LeanKCache has no dense K and V to iterate over; "
+            "cache.layers[i].store.gather(row) unpacks a row"
+        )
+
+    def __deepcopy__(self, memo: dict) -> LeanKCache:
+        """Copy with shared pages, and with the attributes that generate() adds."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for name, value in self.__dict__.items():
+            new.__dict__[name] = copy.deepcopy(value, memo)
+        return new
+
+    def __copy__(self) -> LeanKCache:
+        """Copy deeply: two caches over one set of layers would both append to it."""
+        return copy.deepcopy(self)
+
+    def __reduce_ex__(self, protocol: int):
+        """Fail: what was dropped cannot be written."""
+        raise TypeError("LeanKCache cannot be pickled; copy.deepcopy works")
+
+
+def resolve_window(
+    mask: ChannelMask, sink: int | None, recent: int | None, slack: int
+) -> dict[str, int]:
+    """Return the window: what is given, else what the mask was learned with."""
+    window = {}
+    for name, value, known, least in (
+        ("sink", sink, mask.sink, 0),
+        ("recent", recent, mask.recent, 1),
+        ("slack", slack, None, 0),
+    ):
+        value = known if value is None else value
+        if value is None:
+            raise ValueError(
+                f"{name}: expected a number because the mask does not know its window, got None"
+            )
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+        window[name] = int(value)
+    return window
+
+
+def patch_of(model: nn.Module) -> Patch:
+    """Return the handle of a patched model."""
+    handle = getattr(model, "__dict__", {}).get(HANDLE)
+    if handle is None:
+        raise ValueError(
+            "model: expected a patched model, got one that is not; "
+            "call leank.patch(model, mask) first"
+        )
+    return handle

@@ -1,0 +1,164 @@
+"""One layer of the HuggingFace cache: columns, rows and crops over one packed store.
+
+``update`` stores nothing: it hands the new K and V on to the attention function of
+``leank.attention``, because several new tokens must be attended to before the dropped channels of
+older ones are freed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from . import _C
+from .models import DTYPES
+
+if TYPE_CHECKING:
+    from .cache import LeanKCache
+
+_UNPATCHED = (
+    "LeanKCache was given to a model that is not patched: call leank.patch(model, mask) first, "
+    "and keep the attn_implementation that it sets"
+)
+
+
+class NewTokens:
+    """New K and V on their way from ``update`` to the attention function, in place of tensors."""
+
+    __slots__ = ("cache", "layer", "k", "v")
+
+    def __init__(self, cache: LeanKCache, layer: LeanKLayer, k: torch.Tensor, v: torch.Tensor):
+        self.cache, self.layer, self.k, self.v = cache, layer, k, v
+
+    def __getattr__(self, name: str):
+        """Fail: only another attention function asks for what a tensor has."""
+        raise RuntimeError(_UNPATCHED)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Fail: only another attention function computes with this."""
+        raise RuntimeError(_UNPATCHED)
+
+
+class LeanKLayer(CacheLayerMixin):
+    """One layer of ``LeanKCache``; ``store`` is its ``leank.LayerCache``, None before any token."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, keep: np.ndarray, *, sink: int, recent: int, slack: int) -> None:
+        super().__init__()
+        self.keep = keep
+        self.window = {"sink": sink, "recent": recent, "slack": slack}
+        self.store: _C.LayerCache | None = None
+        self.prompt_columns: int | None = None
+        # Requires a gradient once tokens that do were stored, so that a later backward pass raises.
+        self.anchor: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the store, for as many rows as K has."""
+        self.store = _C.LayerCache(
+            self.keep,
+            n_rows=key_states.shape[0],
+            dtype=DTYPES[key_states.dtype],
+            v_dim=value_states.shape[-1],
+            **self.window,
+        )
+        if self.prompt_columns is not None:
+            self.store.expect_prompt(self.prompt_columns)
+        self.is_initialized = True
+
+    def open(self, k: torch.Tensor, v: torch.Tensor) -> _C.LayerCache:
+        """Return the store that takes K and V next; while it is empty it is made to fit them."""
+        if self.get_seq_length() == 0:
+            self.lazy_initialization(k, v)
+        return self.store
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Check K and V and return them; storing is the attention function's part."""
+        n_heads, head_dim = self.keep.shape
+        n_rows, dtypes = key_states.shape[0], list(DTYPES.values())
+        if self.get_seq_length():
+            n_rows, dtypes = self.store.n_rows, [self.store.dtype]
+        expected = (n_rows, n_heads, key_states.shape[-2], head_dim)
+        for name, tensor in (("k", key_states), ("v", value_states)):
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
+            if tensor.device.type != "cpu":
+                raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
+            if DTYPES.get(tensor.dtype) not in dtypes:
+                raise ValueError(f"{name}: expected {' or '.join(dtypes)}, got {tensor.dtype}")
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Columns stored, padding included."""
+        return 0 if self.store is None else self.store.n_columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next call's mask covers."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: it grows without a limit."""
+        return -1
+
+    def crop_to(self, n_columns: int) -> None:
+        """Keep the first ``n_columns`` columns; with none left, a new prompt is to come."""
+        if n_columns == 0:
+            self.reset()
+        elif n_columns < self.get_seq_length():
+            self.store.crop(n_columns)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` columns, as ``LeanKCache.crop``."""
+        self.crop_to(cropped(self.get_seq_length(), tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row; the copies share pages."""
+        if self.get_seq_length():
+            rows = np.arange(self.store.n_rows, dtype=np.int64)
+            self.store.select(np.repeat(rows, repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows that an index tensor or a boolean tensor names, in its order."""
+        if self.get_seq_length():
+            rows = np.arange(self.store.n_rows, dtype=np.int64)
+            self.store.select(np.ascontiguousarray(rows[torch.as_tensor(indices).cpu().numpy()]))
+
+    def reset(self) -> None:
+        """Forget all tokens and the announced prompt."""
+        self.store = self.prompt_columns = self.anchor = None
+        self.is_initialized = False
+
+    def offload(self) -> None:
+        """Fail: the pages are in CPU memory already."""
+        raise NotImplementedError("LeanKCache: offloading is not supported")
+
+    prefetch = offload
+
+    def __deepcopy__(self, memo: dict) -> LeanKLayer:
+        """Copy with shared pages; they are copied when one of the owners writes to them."""
+        new = type(self)(self.keep, **self.window)
+        memo[id(self)] = new
+        new.__dict__.update(self.__dict__)
+        if self.store is not None:
+            new.store = self.store.copy()
+        return new
+
+
+def cropped(n_columns: int, tokens_to_remove: int) -> int:
+    """Return how many columns are left."""
+    if tokens_to_remove > 0:
+        raise ValueError(
+            "tokens_to_remove: expected 0 or minus the number of columns to remove, "
+            f"got {tokens_to_remove}"
+        )
+    return max(0, n_columns + tokens_to_remove)

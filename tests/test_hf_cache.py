@@ -1,0 +1,399 @@
+"""LeanKCache in plain forwards: the operations of transformers' caches, gradients, and failures."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import leank  # noqa: E402
+
+from .tiny_models import (  # noqa: E402
+    VOCAB,
+    all_keeping,
+    generate,
+    oracle,
+    prompts,
+    pruned,
+    tiny,
+)
+
+MIN = torch.finfo(torch.float32).min
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def model(request):
+    model = tiny(attn_implementation=request.param)
+    with leank.patch(model, pruned()):
+        yield model
+
+
+@torch.no_grad()
+def forward(model, ids, cache, mask=None):
+    return model(ids, past_key_values=cache, attention_mask=mask).logits
+
+
+def filled(model, lengths=(40, 12, 25), seed=1):
+    """Return a cache with a left-padded prompt, the mask of its columns, and ids to go on with."""
+    ids, mask = prompts(list(lengths), seed=seed)
+    cache = leank.make_cache(model)
+    forward(model, ids, cache, mask)
+    more = torch.randint(3, VOCAB, (len(lengths), 6), generator=torch.Generator().manual_seed(7))
+    return cache, torch.cat([mask, torch.ones_like(more)], 1), more
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4)
+
+
+# ------------------------------------------------------------------- any cut into calls is one
+
+
+def test_any_cut_equals_the_rule(model):
+    ids, mask = prompts([50, 33])
+    with torch.no_grad(), oracle(tiny(), pruned(), 30) as dense:
+        expected = dense(ids, attention_mask=mask).logits
+    for cuts in ([30], [30, 31, 32, 40], [7, 29, 30, 45], [1, 2, 36, 37, 38], list(range(1, 50))):
+        cache = leank.make_cache(model)
+        cache.expect_prompt(30)
+        parts = [
+            forward(model, ids[:, start:stop], cache, mask[:, :stop])
+            for start, stop in zip([0, *cuts], [*cuts, 50], strict=True)
+        ]
+        out = torch.cat(parts, 1)
+        close(out[mask == 1], expected[mask == 1])
+        assert cache.get_seq_length() == 50
+
+
+def test_right_and_middle_padding(model):
+    """A later turn may pad at its end: those columns are no tokens of the row."""
+    ids, mask = prompts([30, 12])
+    gaps = torch.ones(2, 20, dtype=torch.long)
+    gaps[0, 11:] = 0
+    gaps[1, 3:9] = 0
+    last = torch.ones(2, 4, dtype=torch.long)
+    whole = torch.cat([mask, gaps, last], 1)
+    ids = torch.cat([ids, prompts([24, 24], seed=2)[0]], 1)
+    position = (whole.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), oracle(tiny(), pruned(), 30) as dense:
+        expected = dense(ids, attention_mask=whole, position_ids=position).logits
+    cache = leank.make_cache(model)
+    out = []
+    with torch.no_grad():
+        for start, stop in ((0, 30), (30, 50), (50, 54)):
+            out.append(
+                model(
+                    ids[:, start:stop],
+                    attention_mask=whole[:, :stop],
+                    position_ids=position[:, start:stop],
+                    past_key_values=cache,
+                ).logits
+            )
+    close(torch.cat(out, 1)[whole == 1], expected[whole == 1])
+    assert [int(n) for n in cache.layers[0].store.lengths] == whole.sum(1).tolist()
+
+
+# --------------------------------------------------------------------------- crop, copy, reset
+
+
+def test_crop_takes_columns_back(model):
+    cache, mask, more = filled(model)
+    expected = forward(model, more, cache, mask)
+    assert cache.get_seq_length() == 46
+    cache.crop(0)
+    assert cache.get_seq_length() == 46
+    cache.crop(-6)
+    assert cache.get_seq_length() == 40
+    close(forward(model, more, cache, mask), expected)
+    cache.crop(-3)
+    close(forward(model, more[:, 3:], cache, mask), expected[:, 3:])
+    with pytest.raises(ValueError, match="tokens_to_remove: expected 0 or minus .* got 2"):
+        cache.crop(2)
+    assert cache.get_seq_length() == 46
+    cache.crop(-1000)
+    assert cache.get_seq_length() == 0
+    assert cache.memory()["total_bytes"] == 0
+
+
+def test_crop_to_nothing_makes_room_for_another_batch(model):
+    cache, _, _ = filled(model)
+    cache.crop(-40)
+    ids, mask = prompts([20, 9])
+    close(
+        forward(model, ids, cache, mask)[mask == 1],
+        forward(model, ids, leank.make_cache(model), mask)[mask == 1],
+    )
+
+
+def test_reset(model):
+    cache, mask, more = filled(model)
+    expected = forward(model, more, cache, mask)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and not cache.layers[0].is_initialized
+    assert cache.get_mask_sizes(5, 0) == (5, 0)
+    ids, prompt_mask = prompts([40, 12, 25])
+    forward(model, ids, cache, prompt_mask)
+    close(forward(model, more, cache, mask), expected)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, copy.copy])
+def test_copies_share_pages_and_go_their_own_way(model, copier):
+    cache, mask, more = filled(model)
+    cache.note = ["kept"]
+    twin = copier(cache)
+    assert twin.note == ["kept"] and twin.note is not cache.note
+    expected = forward(model, more, cache, mask)
+    other = forward(model, more.flip(1), twin, mask)
+    close(forward(model, more, filled(model)[0], mask), expected)
+    close(forward(model, more.flip(1), filled(model)[0], mask), other)
+    assert not torch.allclose(expected, other, atol=0.1)
+
+
+def test_prefix_cache_in_generate(model):
+    prefix, _ = prompts([30])
+    cache = leank.make_cache(model)
+    forward(model, prefix, cache)
+    for seed in (5, 6):
+        ids = torch.cat([prefix, prompts([15], seed=seed)[0]], 1)
+        out = generate(model, ids, past_key_values=copy.deepcopy(cache))
+        with oracle(tiny(), pruned(), 30) as dense:
+            expected = generate(dense, ids)
+        assert torch.equal(out.sequences, expected.sequences)
+    assert cache.get_seq_length() == 30
+
+
+# ------------------------------------------------------------------------------------ rows
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([-1, 0])), [2, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_rows(model, change, rows):
+    cache, mask, more = filled(model)
+    expected = forward(model, more, copy.deepcopy(cache), mask)
+    change(cache)
+    close(forward(model, more[rows], cache, mask[rows]), expected[rows])
+
+
+def test_row_operations_on_an_empty_cache_do_nothing(model):
+    cache = leank.make_cache(model)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.crop(-1)
+    ids, _ = prompts([12])
+    close(forward(model, ids, cache), forward(model, ids, leank.make_cache(model)))
+
+
+# ---------------------------------------------------------------------------------- memory
+
+
+def test_memory_is_what_the_mask_predicts(model):
+    cache = leank.make_cache(model)
+    assert set(cache.memory().values()) == {0}
+    lengths = [640, 500]
+    ids, mask = prompts(lengths)
+    forward(model, ids, cache, mask)
+    used, predicted = cache.memory(), pruned().predict_memory(lengths)
+    for name in ("k_bytes", "v_bytes", "total_bytes", "n_pages", "n_twins"):
+        assert used[name] == predicted[name], name
+    dense = 2 * 3 * 2 * sum(lengths) * 16 * 4
+    assert 0 < used["total_bytes"] < 0.8 * dense
+    assert used["slab_bytes"] >= used["total_bytes"]
+    cache.batch_repeat_interleave(3)
+    assert cache.memory()["total_bytes"] == used["total_bytes"], "rows share pages"
+
+
+def test_what_generate_and_exporters_read(model):
+    cache = leank.make_cache(model)
+    assert not cache.is_compileable and cache.is_croppable and len(cache) == 3
+    assert cache.is_sliding == [False] * 3 and cache.batch_size == -1
+    assert cache.get_max_length() == -1 and cache.get_mask_sizes(7, 0) == (7, 0)
+    assert all(layer.keys is None and layer.values is None for layer in cache.layers)
+    assert not hasattr(cache, "to"), "accelerate would call it"
+    with pytest.raises(TypeError, match="no dense K and V to iterate over"):
+        iter(cache)
+    with pytest.raises(TypeError, match="LeanKCache cannot be pickled"):
+        pickle.dumps(cache)
+    with pytest.raises(NotImplementedError, match="offloading is not supported"):
+        cache.offload(0)
+
+
+# ---------------------------------------------------------------------------------- refusals
+
+
+def test_unpatched_model_refuses_the_cache():
+    for options in ({}, {"attn_implementation": "eager"}, {"num_key_value_heads": 8}):
+        model = tiny(**options)
+        mask = all_keeping()
+        if "num_key_value_heads" in options:
+            mask = leank.ChannelMask(np.ones((3, 8, 16), bool), sink=1, recent=1)
+        cache = leank.LeanKCache(mask)
+        with pytest.raises(RuntimeError, match=r"call leank\.patch\(model, mask\) first"):
+            forward(model, prompts([10])[0], cache)
+        with pytest.raises(RuntimeError, match=r"call leank\.patch\(model, mask\) first"):
+            generate(model, prompts([10, 4])[0], past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
+def test_cache_of_another_mask_is_refused(model):
+    for other in (
+        leank.LeanKCache(all_keeping()),
+        leank.LeanKCache(pruned(), recent=6),
+        leank.LeanKCache(leank.ChannelMask(pruned().keep[:2], sink=3, recent=5)),
+    ):
+        with pytest.raises(ValueError, match="past_key_values: expected a LeanKCache with the"):
+            generate(model, prompts([10])[0], past_key_values=other)
+    with pytest.raises(ValueError, match="recent: expected a number because the mask does not"):
+        leank.LeanKCache(leank.ChannelMask(pruned().keep), sink=3)
+
+
+def bias(n_new, n_all):
+    return torch.zeros(1, 1, n_new, n_all).index_fill_(3, torch.tensor([2]), -1.5)
+
+
+def causal(n_new, n_all, rows=3):
+    allowed = torch.ones(n_new, n_all, dtype=torch.bool).tril(n_all - n_new)
+    return allowed.expand(rows, 1, n_new, n_all).clone()
+
+
+def hole(n_new, n_all):
+    allowed = causal(n_new, n_all)
+    allowed[1, 0, 2, n_all - n_new] = False
+    return allowed
+
+
+BAD_MASKS = {
+    "alibi": (bias, "expected only 0 and -inf, got other values"),
+    "hole": (hole, "expected causal attention .* row 1, query column 2"),
+    "bidirectional": (lambda t, n: torch.ones(3, 1, t, n, dtype=torch.bool), "expected causal"),
+    "per head": (
+        lambda t, n: torch.zeros(3, 8, t, n),
+        r"expected \(3, 1, 6, \d+\), the same for all heads, got \(3, 8",
+    ),
+    "integers": (
+        lambda t, n: torch.zeros(3, 1, t, n, dtype=torch.long),
+        "expected only 0 and -inf",
+    ),
+}
+
+
+@pytest.mark.parametrize("filled_first", [False, True])
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_other_attention_patterns_are_refused(model, name, filled_first):
+    make, message = BAD_MASKS[name]
+    cache, more = leank.make_cache(model), prompts([6, 6, 6])[0]
+    if filled_first:
+        cache, _, more = filled(model, (40, 40, 40))
+    before = cache.get_seq_length()
+    with pytest.raises(ValueError, match="attention_mask: " + message):
+        forward(model, more, cache, make(6, before + 6))
+    assert cache.get_seq_length() == before
+
+
+def test_causal_4d_mask_is_welcome(model):
+    cache, _, more = filled(model, (40, 40, 40))
+    expected = forward(model, more, copy.deepcopy(cache))
+    mask = causal(6, 46)
+    masks = [torch.where(mask, 0.0, MIN), torch.where(mask, 0.0, -torch.inf), mask]
+    for mask in masks:
+        close(forward(model, more, copy.deepcopy(cache), mask), expected)
+
+
+def test_other_arguments_are_refused(model):
+    ids, _ = prompts([10])
+    with pytest.raises(ValueError, match="output_attentions: expected False with a LeanKCache"):
+        model(ids, past_key_values=leank.make_cache(model), output_attentions=True)
+    with pytest.raises(ValueError, match="is_causal: expected True with a LeanKCache"):
+        model(ids, past_key_values=leank.make_cache(model), is_causal=False)
+    cache, mask, more = filled(model)
+    with pytest.raises(ValueError, match=r"k: expected \(3, 2, 6, 16\), got \(2, 2, 6, 16\)"):
+        forward(model, more[:2], cache, mask[:2])
+    half = tiny(dtype=torch.float16)
+    with leank.patch(half, pruned()):
+        with pytest.raises(ValueError, match="k: expected float32, got torch.float16"):
+            forward(half, more, cache, mask)
+    assert cache.get_seq_length() == 40
+
+
+def test_dropout_is_refused():
+    model = tiny(attention_dropout=0.1).train()
+    with leank.patch(model, pruned()):
+        with pytest.raises(ValueError, match=r"dropout: expected 0 .* call model\.eval\(\)"):
+            forward(model, prompts([10])[0], leank.make_cache(model))
+
+
+def test_expect_prompt_is_for_empty_caches(model):
+    cache, _, _ = filled(model)
+    with pytest.raises(ValueError, match="cache: expected no column yet, got 40"):
+        cache.expect_prompt(10)
+    with pytest.raises(ValueError, match="n_columns: expected at least 1, got 0"):
+        leank.make_cache(model).expect_prompt(0)
+
+
+def test_forward_that_stopped_half_way(model):
+    cache, mask, more = filled(model)
+    expected = forward(model, more, copy.deepcopy(cache), mask)
+
+    def stop(module, inputs):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[2].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        forward(model, more, cache, mask)
+    hook.remove()
+    with pytest.raises(RuntimeError, match=r"layers hold \[40, 46\] columns .* cache\.crop\(0\)"):
+        forward(model, more, cache, mask)
+    cache.crop(0)
+    close(forward(model, more, cache, mask), expected)
+
+
+# --------------------------------------------------------------------------------- gradients
+
+
+def test_backward_through_the_cache_raises(model):
+    ids, _ = prompts([20])
+    cache = leank.make_cache(model)
+    first = model(ids, past_key_values=cache).logits
+    second = model(ids[:, :4], past_key_values=cache).logits
+    with torch.no_grad():
+        expected = model(ids[:, :4], past_key_values=forward_only(model, ids)).logits
+    torch.testing.assert_close(second, expected, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="backward: there is no gradient through a pruned cache"):
+        second.sum().backward()
+    model.zero_grad()
+    # The first call is dense and complete in itself.
+    first.sum().backward()
+    gradient = model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+    model.zero_grad()
+    model(ids).logits.sum().backward()
+    torch.testing.assert_close(model.model.layers[0].self_attn.k_proj.weight.grad, gradient)
+    model.zero_grad()
+
+
+def forward_only(model, ids):
+    cache = leank.make_cache(model)
+    forward(model, ids, cache)
+    return cache
+
+
+def test_backward_to_a_soft_prompt_raises():
+    """Only what is in the cache asks for a gradient; the call itself does not."""
+    model = tiny().requires_grad_(False)
+    with leank.patch(model, pruned()):
+        soft = torch.randn(1, 10, 128, requires_grad=True)
+        cache = leank.make_cache(model)
+        model(inputs_embeds=soft, past_key_values=cache)
+        loss = model(prompts([5])[0], past_key_values=cache).logits.sum()
+        with pytest.raises(RuntimeError, match="backward: there is no gradient"):
+            loss.backward()

@@ -1,0 +1,420 @@
+"""patch and unpatch: no trace, every refusal, and every warning."""
+
+import copy
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import leank  # noqa: E402
+
+from .tiny_models import (  # noqa: E402
+    FAMILIES,
+    HKV,
+    VOCAB,
+    D,
+    N,
+    all_keeping,
+    generate,
+    logits,
+    prompts,
+    pruned,
+    tiny,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.fixture(autouse=True)
+def _unpatched(model):
+    yield
+    assert "_leank_patch" not in model.__dict__
+    assert model.config._attn_implementation == "sdpa"
+
+
+def traces(model):
+    """What a patch could leave behind: attributes and hooks of all modules, configs, the class."""
+    seen = {}
+    for name, module in model.named_modules():
+        seen[name] = {
+            key: (id(value), list(value) if isinstance(value, dict) else None)
+            for key, value in module.__dict__.items()
+        }
+        seen[name + " class"] = type(module)
+    seen["config"] = copy.deepcopy(model.config.__dict__)
+    seen["generation config"] = copy.deepcopy(model.generation_config.__dict__)
+    seen["class"] = {key: id(value) for key, value in vars(type(model)).items()}
+    return seen
+
+
+# ------------------------------------------------------------------------------------ no trace
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpatch_leaves_no_trace(family, base):
+    model = tiny(family, attn_implementation=base)
+    ids, mask = prompts([40, 12])
+    before_out = generate(model, ids, mask)
+    before = traces(model)
+    with leank.patch(model, pruned()):
+        pruned_out = generate(model, ids, mask)
+    assert traces(model) == before
+    with pytest.raises(ZeroDivisionError), leank.patch(model, pruned()):
+        generate(model, ids, mask)
+        raise ZeroDivisionError
+    assert traces(model) == before
+    leank.patch(model, pruned())
+    with pytest.raises(ValueError, match="temperature"):
+        generate(model, ids, mask, do_sample=True, temperature=-1.0)
+    leank.unpatch(model)
+    assert traces(model) == before
+    after_out = generate(model, ids, mask)
+    np.testing.assert_array_equal(logits(after_out), logits(before_out))
+    assert not np.array_equal(logits(pruned_out), logits(before_out))
+
+
+def test_compiled_forward_is_set_aside(model):
+    compiled = model.__dict__["_compiled_call"] = object()
+    try:
+        with leank.patch(model, pruned()):
+            assert "_compiled_call" not in model.__dict__
+            model.__dict__["_compiled_call"] = object()
+        assert model.__dict__["_compiled_call"] is compiled
+    finally:
+        del model.__dict__["_compiled_call"]
+
+
+def test_call_and_context_manager(model):
+    ids, _ = prompts([40])
+    leank.patch(model, pruned())
+    called = generate(model, ids)
+    leank.unpatch(model)
+    with leank.patch(model, pruned()) as handle:
+        np.testing.assert_array_equal(logits(generate(model, ids)), logits(called))
+    with pytest.raises(RuntimeError, match="this handle was unpatched"), handle:
+        pass
+    with pytest.raises(ValueError, match="model: expected a patched model"):
+        leank.unpatch(model)
+    with pytest.raises(ValueError, match="model: expected a patched model"):
+        leank.make_cache(model)
+    with leank.patch(model, pruned()):
+        leank.unpatch(model)
+        leank.patch(model, all_keeping())
+    assert "_leank_patch" in model.__dict__, "the second patch is not the first block's to undo"
+    leank.unpatch(model)
+
+
+def test_other_attention_chosen_meanwhile_stays():
+    model = tiny()
+    leank.patch(model, pruned())
+    model.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match=r"call leank\.patch\(model, mask\) first"):
+        generate(model, prompts([10])[0])
+    leank.unpatch(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_copy_of_a_patched_model_is_patched(model):
+    ids, _ = prompts([40])
+    with leank.patch(model, pruned()):
+        twin = copy.deepcopy(model)
+        expected = generate(model, ids)
+    np.testing.assert_array_equal(logits(generate(twin, ids)), logits(expected))
+    leank.unpatch(twin)
+    np.testing.assert_array_equal(logits(generate(twin, ids)), logits(generate(model, ids)))
+
+
+def test_mask_file(model, tmp_path):
+    mask = pruned()
+    mask.save(tmp_path / "mask.safetensors")
+    for path in (tmp_path / "mask.safetensors", str(tmp_path / "mask.safetensors")):
+        with leank.patch(model, path) as handle:
+            np.testing.assert_array_equal(handle.mask.keep, mask.keep)
+            assert handle.window == {"sink": mask.sink, "recent": mask.recent, "slack": 64}
+
+
+def test_given_window_wins(model):
+    bare = dataclasses.replace(pruned(), sink=None, recent=None)
+    ids, _ = prompts([40])
+    with pytest.raises(ValueError, match="sink: expected a number because the mask does not know"):
+        leank.patch(model, bare)
+    with pytest.raises(ValueError, match="recent: expected a number because the mask does not"):
+        leank.patch(model, bare, sink=3)
+    with leank.patch(model, pruned()):
+        expected = generate(model, ids)
+    with leank.patch(model, bare, sink=3, recent=5):
+        np.testing.assert_array_equal(logits(generate(model, ids)), logits(expected))
+    with leank.patch(model, pruned(), sink=0, recent=1):
+        assert not np.array_equal(logits(generate(model, ids)), logits(expected))
+    with leank.patch(model, pruned(), recent=1000):
+        whole_window = generate(model, ids)
+    with leank.patch(model, all_keeping()):
+        dense = generate(model, ids)
+    np.testing.assert_allclose(logits(whole_window), logits(dense), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def with_config(name, value):
+    model = tiny()
+    setattr(model.config, name, value)
+    return model
+
+
+def with_attribute(path, name, value):
+    model = tiny()
+    model.get_submodule(path).__dict__[name] = value
+    return model
+
+
+def gpt2():
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=VOCAB)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def subclassed_attention():
+    model = tiny()
+    layer = model.model.layers[1].self_attn
+    layer.__class__ = type("OwnAttention", (type(layer),), {})
+    return model
+
+
+def sliding():
+    options = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    return tiny("qwen2", **options)
+
+
+def fewer_rows():
+    model = tiny()
+    layer = model.model.layers[2].self_attn
+    layer.k_proj = torch.nn.Linear(128, D)
+    return model
+
+
+REFUSED = {
+    "no model": (
+        lambda: object(),
+        TypeError,
+        "expected one of LlamaForCausalLM, Qwen2ForCausalLM, got object",
+    ),
+    "other class": (
+        gpt2,
+        TypeError,
+        "expected one of LlamaForCausalLM, Qwen2ForCausalLM, got GPT2LMHeadModel",
+    ),
+    "base model": (lambda: tiny().model, TypeError, "got LlamaModel"),
+    "other attention": (subclassed_attention, TypeError, "class LlamaAttention, got OwnAttention"),
+    "sliding": (
+        sliding,
+        ValueError,
+        "expected full attention in every layer, got sliding_attention in layer 1",
+    ),
+    "float64": (
+        lambda: tiny().double(),
+        ValueError,
+        "expected one of float32, bfloat16, float16.* got torch.float64",
+    ),
+    "mixed": (
+        lambda: with_half_layer(),
+        ValueError,
+        "layer 1 q_proj: expected one of .* got torch.float16",
+    ),
+    "no CPU": (
+        lambda: tiny().to("meta"),
+        ValueError,
+        r"expected all weights on the CPU .* got \['meta'\]",
+    ),
+    "head_dim": (
+        lambda: tiny(head_dim=12),
+        ValueError,
+        "head_dim that is a multiple of 8 up to 512, got 12",
+    ),
+    "too few rows": (
+        fewer_rows,
+        ValueError,
+        "layer 2 k_proj: expected 32 rows for 2 heads, got 16",
+    ),
+    "flash": (
+        lambda: with_config("_attn_implementation_internal", "flash_attention_2"),
+        ValueError,
+        "expected attn_implementation sdpa or eager, got flash_attention_2",
+    ),
+    "flex": (
+        lambda: with_config("_attn_implementation_internal", "flex_attention"),
+        ValueError,
+        "expected attn_implementation sdpa or eager, got flex_attention",
+    ),
+    "encoder": (
+        lambda: with_config("is_encoder_decoder", True),
+        ValueError,
+        "expected a causal decoder",
+    ),
+    "bidirectional": (
+        lambda: with_config("is_causal", False),
+        ValueError,
+        "expected a causal decoder",
+    ),
+    "missing layer": (
+        lambda: with_config("num_hidden_layers", 4),
+        ValueError,
+        "attention layers 0 to 3",
+    ),
+    "compiled": (
+        lambda: with_attribute("", "_compiled_call_impl", print),
+        ValueError,
+        "expected an uncompiled model",
+    ),
+    "own generate": (
+        lambda: with_attribute("", "generate", print),
+        ValueError,
+        "expected the methods of its class, got others for generate",
+    ),
+}
+
+
+def with_half_layer():
+    model = tiny()
+    model.model.layers[1].half()
+    return model
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_model_refused(name):
+    make, error, message = REFUSED[name]
+    model = make()
+    with pytest.raises(error, match="model: .*" + message):
+        leank.patch(model, pruned())
+    assert "_leank_patch" not in getattr(model, "__dict__", {})
+
+
+def test_arguments_refused(model):
+    with pytest.raises(TypeError, match="mask: expected a ChannelMask or a path, got ndarray"):
+        leank.patch(model, pruned().keep)
+    small = leank.ChannelMask(np.ones((N, HKV, 8), bool), sink=1, recent=1)
+    message = r"mask: expected \(3, 2, 16\) \[layers, kv_heads, head_dim\], got \(3, 2, 8\)"
+    with pytest.raises(ValueError, match=message):
+        leank.patch(model, small)
+    with pytest.raises(ValueError, match="recent: expected an int of at least 1, got 0"):
+        leank.patch(model, pruned(), recent=0)
+    with pytest.raises(ValueError, match="sink: expected an int of at least 0, got 1.5"):
+        leank.patch(model, pruned(), sink=1.5)
+    with pytest.raises(ValueError, match="slack: expected an int of at least 0, got -1"):
+        leank.patch(model, pruned(), slack=-1)
+    with pytest.raises(ValueError, match="prefill: expected .* got 'sparse'"):
+        leank.patch(model, pruned(), prefill="sparse")
+    with leank.patch(model, pruned()):
+        with pytest.raises(ValueError, match="model: expected one that is not patched"):
+            leank.patch(model, pruned())
+
+
+def test_shared_config_refused():
+    model = tiny()
+    other = transformers.LlamaForCausalLM(model.config)
+    assert other.config is model.config
+    with leank.patch(model, pruned()):
+        with pytest.raises(ValueError, match="model: its config object is shared"):
+            leank.patch(other, pruned())
+    with leank.patch(other, pruned()):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_lookup_num_tokens": 2}, "greedy_search, .* got assisted_generation"),
+        ({"cache_implementation": "static"}, "cache_implementation: expected None .* got 'static'"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation: .* got 'offloaded'"),
+        ({"cache_implementation": "quantized"}, "cache_implementation: .* got 'quantized'"),
+        ({"output_attentions": True}, "output_attentions: expected False on a patched model"),
+        ({"is_assistant": True}, "got the assistant of another model"),
+    ],
+)
+def test_generation_refused(model, options, message):
+    with leank.patch(model, pruned()), pytest.raises(NotImplementedError, match=message):
+        generate(model, prompts([10])[0], **options)
+
+
+def test_assistant_model_refused(model):
+    with leank.patch(model, pruned()), pytest.raises(NotImplementedError, match="assisted"):
+        generate(model, prompts([10])[0], assistant_model=tiny(seed=3))
+
+
+def test_contrastive_search_refused(model):
+    with leank.patch(model, pruned()), pytest.raises(ValueError, match="trust_remote_code"):
+        generate(model, prompts([10])[0], penalty_alpha=0.6, top_k=4)
+
+
+def test_continuous_batching_refused(model):
+    with leank.patch(model, pruned()), pytest.raises(NotImplementedError, match="continuous"):
+        model.generate_batch([[5, 6, 7]], max_new_tokens=2)
+
+
+# -------------------------------------------------------- dense answers are told, never silent
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            lambda: {"past_key_values": transformers.DynamicCache()},
+            "past_key_values is a DynamicCache",
+        ),
+        (lambda: {"use_cache": False}, "use_cache is False"),
+    ],
+)
+def test_dense_answer_warns(model, options, reason):
+    ids, mask = prompts([40, 12])
+    expected = generate(model, ids, mask, **options())
+    with leank.patch(model, pruned()):
+        with pytest.warns(UserWarning, match="runs dense, without pruning: " + reason):
+            out = generate(model, ids, mask, **options())
+    np.testing.assert_array_equal(logits(out), logits(expected))
+
+
+def test_pruned_answer_does_not_warn(model):
+    with leank.patch(model, pruned()), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, prompts([40])[0])
+
+
+def test_generate_that_never_asks_for_a_cache(model, monkeypatch):
+    monkeypatch.setattr(type(model), "generate", lambda self, *args, **kwargs: args[0])
+    with leank.patch(model, pruned()):
+        with pytest.raises(RuntimeError, match="did not ask the model for its cache"):
+            model.generate(prompts([10])[0])
+
+
+def test_generate_that_loses_the_cache(model, monkeypatch):
+    def prefill(self, input_ids, generation_config, model_kwargs, **options):
+        model_kwargs["past_key_values"] = transformers.DynamicCache()
+        return inherited(self, input_ids, generation_config, model_kwargs, **options)
+
+    inherited = type(model)._prefill
+    monkeypatch.setattr(type(model), "_prefill", prefill)
+    with leank.patch(model, pruned()):
+        with pytest.raises(RuntimeError, match="did not use the model's cache"):
+            generate(model, prompts([10])[0])
+
+
+def test_unknown_version_refused(model, monkeypatch):
+    monkeypatch.setattr(type(model), "_prefill", lambda self, inputs: inputs)
+    with pytest.raises(RuntimeError, match="expected LlamaForCausalLM._prefill to begin with"):
+        leank.patch(model, pruned())
+
+
+def test_plain_forward_is_the_dense_one(model):
+    ids, mask = prompts([40, 12])
+    expected = model(ids, attention_mask=mask).logits
+    with leank.patch(model, pruned()):
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected, rtol=0, atol=0)
+        model(ids, labels=ids).loss.backward()
+    model.zero_grad()
