@@ -47,7 +47,7 @@ def _attention(base: str, module, query, key, value, attention_mask, *args, **kw
     layer, k, v = key.layer, key.k, key.v
     valid = _columns(key, attention_mask)
     store = layer.open(k, v)
-    if store.n_columns == 0:
+    if layer.is_prompt_only(k.shape[2]):
         out, _ = forward(module, query, k, v, attention_mask, **kwargs)
         store.append(_array(k), _array(v), valid)
     else:

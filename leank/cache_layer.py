@@ -78,6 +78,11 @@ class LeanKLayer(CacheLayerMixin):
             self.lazy_initialization(k, v)
         return self.store
 
+    def is_prompt_only(self, n_columns: int) -> bool:
+        """Whether a next call of so many columns is one dense attention among its own tokens."""
+        announced = self.prompt_columns is None or n_columns <= self.prompt_columns
+        return self.get_seq_length() == 0 and announced
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Check K and V and return them; storing is the attention function's part."""
         n_heads, head_dim = self.keep.shape

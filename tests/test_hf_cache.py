@@ -56,7 +56,15 @@ def test_any_cut_equals_the_rule(model):
     ids, mask = prompts([50, 33])
     with torch.no_grad(), oracle(tiny(), pruned(), 30) as dense:
         expected = dense(ids, attention_mask=mask).logits
-    for cuts in ([30], [30, 31, 32, 40], [7, 29, 30, 45], [1, 2, 36, 37, 38], list(range(1, 50))):
+    for cuts in (
+        [],
+        [36],
+        [30],
+        [30, 31, 32, 40],
+        [7, 29, 30, 45],
+        [1, 2, 36, 37, 38],
+        list(range(1, 50)),
+    ):
         cache = leank.make_cache(model)
         cache.expect_prompt(30)
         parts = [
