@@ -16,6 +16,11 @@ typedef struct {
 void lk_pack_store(const lk_geom *geom, int32_t g, const lk_run *run, unsigned char *page,
                    unsigned char *twin);
 
+/* Start to load the cache lines that storing one token of head g into slot j writes: one line per channel or pair of
+ * channels, which stores alone would wait for nearly one by one. */
+void lk_pack_prefetch(const lk_geom *geom, int32_t g, int64_t j, unsigned char *page,
+                      unsigned char *twin);
+
 /* Read slots slot..slot + n_tokens - 1 of head g into k [n_tokens, D] and v [n_tokens, Dv]; elements that neither
  * page nor twin holds stay as they are. Either may be NULL. */
 void lk_pack_load(const lk_geom *geom, int32_t g, int64_t slot, int64_t n_tokens,

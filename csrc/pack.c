@@ -42,11 +42,8 @@ LK_INLINE void store_v(unsigned char *block, const lk_run *run, int64_t v_dim, i
             memcpy(dst, src, (size_t)v_dim * elem);
             continue;
         }
-        for (int64_t d = 0; d < v_dim; d++) {
+        for (int64_t d = 0; d < v_dim; d++)
             copy_elem(dst + (size_t)(d * group) * elem, src + (size_t)d * elem, elem);
-            /* The first of a pair makes its absent partner 0: kernels multiply it by a zero probability. */
-            if (j % group == 0) memset(dst + (size_t)(d * group + 1) * elem, 0, elem);
-        }
     }
 }
 
@@ -68,6 +65,25 @@ void lk_pack_store(const lk_geom *geom, int32_t g, const lk_run *run, unsigned c
     if (geom->elem_bytes == 4) store(geom, g, run, page, twin, 1, 4);
     else if (geom->group == 1) store(geom, g, run, page, twin, 1, 2);
     else store(geom, g, run, page, twin, 2, 2);
+}
+
+/* Ask for the cache lines of slot j of a K block of n channels, to be written. */
+static void prefetch_k(const lk_geom *geom, unsigned char *block, int64_t n, int64_t j) {
+    const size_t stride = (size_t)(LK_PAGE_TOKENS * geom->group) * geom->elem_bytes;
+    unsigned char *line = block + (size_t)(j * geom->group) * geom->elem_bytes;
+    for (int64_t c = 0; c < n; c += geom->group, line += stride) __builtin_prefetch(line, 1);
+}
+
+void lk_pack_prefetch(const lk_geom *geom, int32_t g, int64_t j, unsigned char *page,
+                      unsigned char *twin) {
+    const int32_t n_kept = geom->n_kept[g], n_dropped = geom->head_dim - n_kept;
+    if (n_kept > 0) prefetch_k(geom, page + geom->kept_off[g], n_kept, j);
+    if (twin && n_dropped > 0) prefetch_k(geom, twin + geom->dropped_off[g], n_dropped, j);
+    unsigned char *with_v = n_kept > 0 ? page : twin;
+    if (!with_v) return;
+    const size_t row_bytes = (size_t)(geom->v_dim * geom->group) * geom->elem_bytes;
+    unsigned char *v = with_v + geom->v_off[g] + (size_t)(j / geom->group) * row_bytes;
+    for (size_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(v + at, 1);
 }
 
 LK_INLINE void load_k(const unsigned char *block, const int32_t *order, int32_t n, int32_t head_dim,

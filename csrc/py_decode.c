@@ -23,8 +23,7 @@ PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
         scale = PyFloat_AsDouble(scale_arg);
         if (scale == -1.0 && PyErr_Occurred()) return NULL;
         if (!isfinite((float)scale))
-            return PyErr_Format(PyExc_ValueError,
-                                "scale: expected a number that is finite in float32, got %R",
+            return PyErr_Format(PyExc_ValueError, "scale: expected a finite number, got %R",
                                 scale_arg);
     }
     if (!py_claim(self)) return NULL;
