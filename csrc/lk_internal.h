@@ -47,8 +47,8 @@ bool lk_poison_on(void);
  *   V block                [P/G][Dv][G]:   element (j, d) at ((j/G)*Dv + d)*G + j%G
  * A page holds, for each head with Dk[g] > 0, its kept K block, then its V block.
  * A twin holds, for each head, the K block of its dropped channels; for an empty head then its V block.
- * In a partial page the V of an absent second token of a pair is zero, or what a cropped token left; all other
- * unused slots are undefined (NaN under lk_test_poison). */
+ * Unused slots of a page hold anything: what was there before, what a cropped token left, NaN under lk_test_poison.
+ */
 typedef struct lk_geom {
     lk_dtype dtype;
     int32_t n_heads, head_dim, v_dim, group;
@@ -57,10 +57,10 @@ typedef struct lk_geom {
     size_t page_bytes, twin_bytes;     /* twin_bytes is 0 when every head keeps everything */
     size_t page_k_bytes, twin_k_bytes; /* the K part of each */
     int32_t *n_kept;                   /* [Hkv] Dk */
-    int32_t *order;                    /* [Hkv, D] kept channels ascending, then dropped ones ascending */
-    size_t *kept_off;                  /* [Hkv] bytes into the page; heads with Dk = 0: unused */
-    size_t *dropped_off;               /* [Hkv] bytes into the twin; heads with Dk = D: unused */
-    size_t *v_off;                     /* [Hkv] bytes into the page, or into the twin where Dk = 0 */
+    int32_t *order;      /* [Hkv, D] kept channels ascending, then dropped ones ascending */
+    size_t *kept_off;    /* [Hkv] bytes into the page; heads with Dk = 0: unused */
+    size_t *dropped_off; /* [Hkv] bytes into the twin; heads with Dk = D: unused */
+    size_t *v_off;       /* [Hkv] bytes into the page, or into the twin where Dk = 0 */
 } lk_geom;
 
 struct lk_slab;
@@ -79,9 +79,9 @@ typedef struct lk_page {
 #define LK_PROMPT_OPEN INT64_MAX
 
 typedef struct {
-    int64_t len;    /* tokens stored */
-    int64_t lo;     /* see leank.h */
-    int64_t n0;     /* prompt length; LK_PROMPT_OPEN while it is not complete, or the row is empty */
+    int64_t len; /* tokens stored */
+    int64_t lo;  /* see leank.h */
+    int64_t n0;  /* prompt length; LK_PROMPT_OPEN while it is not complete, or the row is empty */
     lk_page **page; /* [n_pages] */
     lk_page **twin; /* [n_pages] NULL where retired, or where the layer has no dropped channels */
     int64_t n_pages, capacity;
@@ -98,7 +98,7 @@ struct lk_cache {
     const lk_geom *geom; /* the pool's */
     lk_row *row;         /* [n_rows] */
     int64_t n_rows, n_columns, column_capacity;
-    int64_t prompt_columns; /* announced, or -1 */
+    int64_t prompt_columns;       /* announced, or -1 */
     int64_t max_tokens, max_call; /* reserved mode, else -1 */
     lk_replaced *replaced;        /* [n_replaced] since the last settle */
     int64_t n_replaced;
@@ -132,11 +132,14 @@ static inline int64_t lk_o_stride(const lk_geom *geom) { return lk_ceil_div(geom
 
 /* What a kernel works in; one memory block per thread, cut by lk_scratch_carve (decode.c). */
 typedef struct {
-    float *q;            /* [n_cols, D] kept channels, then dropped ones; bf16 dot kernels: [n_cols, D/2] pairs */
-    float *p;            /* [n_cols, P] probabilities; bf16 dot kernels: [n_cols, P/2] pairs, same row stride */
-    float *alpha;        /* [n_cols] */
-    float *kept, *full;  /* [LK_GROUP_COLUMNS, P] q . k over the kept channels, over all channels */
-    unsigned char *edge; /* [LK_EDGE_ROWS] V rows of pairs with one token blanked; group == 2 only */
+    float *
+        q; /* [n_cols, D] kept channels, then dropped ones; bf16 dot kernels: [n_cols, D/2] pairs */
+    float
+        *p; /* [n_cols, P] probabilities; bf16 dot kernels: [n_cols, P/2] pairs, same row stride */
+    float *alpha;       /* [n_cols] */
+    float *kept, *full; /* [LK_GROUP_COLUMNS, P] q . k over the kept channels, over all channels */
+    unsigned char
+        *edge; /* [LK_EDGE_ROWS] V rows of pairs with one token blanked; group == 2 only */
 } lk_scratch;
 
 #define LK_EDGE_ROWS 3
@@ -148,18 +151,19 @@ void lk_scratch_carve(const lk_geom *geom, int32_t n_cols, void *memory, lk_scra
  * (query token, query head) pair. The state that comes out covers just these pages, so that pieces merge. */
 typedef struct {
     const lk_geom *geom;
-    int32_t head;              /* g */
-    lk_page *const *page;      /* the row's tables */
-    lk_page *const *twin;      /* read only where a column has window keys */
+    int32_t head;         /* g */
+    lk_page *const *page; /* the row's tables */
+    lk_page *const *twin; /* read only where a column has window keys */
     int64_t page_begin, page_end;
-    int32_t n_cols;            /* 1..LK_JOB_COLUMNS */
-    const void *q[LK_JOB_COLUMNS];    /* [D] contiguous, cache dtype */
-    int64_t end[LK_JOB_COLUMNS];      /* keys j < end are visible: p + 1, or 0 for a padding column */
-    int64_t full_lo[LK_JOB_COLUMNS];  /* keys in [S0, full_lo) are middle; the others are window */
-    float scale_log2;          /* scale * log2(e): logits and m are in base 2 */
+    int32_t n_cols;                /* 1..LK_JOB_COLUMNS */
+    const void *q[LK_JOB_COLUMNS]; /* [D] contiguous, cache dtype */
+    int64_t end[LK_JOB_COLUMNS];   /* keys j < end are visible: p + 1, or 0 for a padding column */
+    int64_t full_lo[LK_JOB_COLUMNS]; /* keys in [S0, full_lo) are middle; the others are window */
+    float scale_log2;                /* scale * log2(e): logits and m are in base 2 */
     lk_scratch scratch;
-    float *m, *l;              /* out [n_cols]: largest logit (-inf if nothing was visible), sum of exp2(s - m) */
-    float *o;                  /* out [n_cols, lk_o_stride]: sum of exp2(s - m) * v, not normalised */
+    float *m,
+        *l;   /* out [n_cols]: largest logit (-inf if nothing was visible), sum of exp2(s - m) */
+    float *o; /* out [n_cols, lk_o_stride]: sum of exp2(s - m) * v, not normalised */
 } lk_job;
 
 typedef void (*lk_job_fn)(const lk_job *job);

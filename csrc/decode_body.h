@@ -1,0 +1,480 @@
+/* decode_body.h: attention of one lk_job, written once over a few vector operations.
+ *
+ * Included by each decode_<isa>.c after it has defined
+ *   LK_ISA, LK_LANES (floats in a vector), LK_VECS (vectors of a column that a kernel keeps in registers),
+ *   LK_BF16_DOT (1: bf16 pairs go to a dot instruction, and no other dtype is compiled; 0: they are widened), and
+ *   lk_vec and the v_ operations on it (decode_scalar.c has the plainest set).
+ *
+ * Both halves of attention are the same product y[c] += sum over rows r of w[c][r] * x[r]: for logits x is a K
+ * block (rows are channels, elements are tokens, w is q), for the output x is a V block (rows are tokens,
+ * elements are value indices, w are probabilities). So vectors always lie along memory and w is broadcast; the
+ * only horizontal steps are one maximum and one sum per tile and column.
+ *
+ * A tile (one page, one head) is read from memory once per job: all columns pass over it in groups of
+ * LK_GROUP_COLUMNS, and while the first group uses it the next tile is prefetched line by line. */
+#include "lk_internal.h"
+#include "lk_softmax.h"
+
+#define LK_INLINE static inline __attribute__((always_inline))
+#define LK_NOINLINE static __attribute__((noinline))
+#if defined(__clang__)
+#define LK_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define LK_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+/* Value indices that all groups handle before the next ones: this slice of V then stays in L1. */
+#define LK_VALUE_SLICE 64
+
+/* Rows of a product over which all its elements go before the next rows: memory is then read nearly in order,
+ * which the prefetchers of the CPU need to keep up (measured: 13.1 -> 14.9 GB/s of 15.8 on one core). */
+#define LK_ROW_BLOCK 16
+
+/* Lines of the next V that each column's softmax prefetches, so that memory does not rest meanwhile. */
+#define LK_AHEAD_LINES 16
+
+/* Into L2: into L1 it would push out what is in use (measured: 10% slower). */
+LK_INLINE void prefetch(const unsigned char *p) { __builtin_prefetch(p, 0, 2); }
+
+#if LK_LANES <= LK_CHANNEL_STEP /* sizes are whole vectors then */
+#define v_load_half_f32 v_load_f32
+#define v_load_half_f16 v_load_f16
+#endif
+
+typedef struct {
+    const unsigned char *x;    /* [n_rows] rows, x_stride bytes apart; bf16: of 32-bit pairs */
+    const unsigned char *next; /* the same rows of the next tile, to be prefetched */
+    size_t x_stride;
+    const float *w;      /* [n_cols] rows, w_stride apart; dot: 32-bit pairs in place of floats */
+    const float *y_init; /* like y; NULL = zeros */
+    const float *alpha;  /* [n_cols] factor for y_init; NULL = 1 */
+    float *y;            /* [n_cols] rows, y_stride apart */
+    int64_t w_stride, y_stride;
+    int32_t n_rows, n_cols;
+    int32_t begin, end; /* elements */
+} lk_product;
+
+LK_INLINE size_t lane_bytes(const lk_dtype dtype) { return dtype == LK_F16 ? 2 : 4; }
+
+/* One row of x, n_vecs vectors. bf16 pairs fill even and odd; other dtypes even alone. */
+LK_INLINE void load_row(const lk_dtype dtype, const int n_vecs, const bool half,
+                        const unsigned char *x, lk_vec *even, lk_vec *odd) {
+    LK_UNROLL
+    for (int i = 0; i < n_vecs; i++) {
+        const unsigned char *p = x + (size_t)i * LK_LANES * lane_bytes(dtype);
+        if (dtype == LK_F32) {
+            even[i] = half ? v_load_half_f32(p) : v_load_f32(p);
+        } else if (dtype == LK_F16) {
+            even[i] = half ? v_load_half_f16(p) : v_load_f16(p);
+        } else {
+            const lk_vec pairs = half ? v_load_half_f32(p) : v_load_f32(p);
+            even[i] = LK_BF16_DOT ? pairs : v_pair_even(pairs);
+            odd[i] = v_pair_odd(pairs);
+        }
+    }
+}
+
+/* Elements [e, e + n_vecs * LK_LANES), rows [row, row_end) of a product; half: only the lower half of the one
+ * vector exists. */
+LK_INLINE void product_block(const lk_dtype dtype, const int n_cols, const int n_vecs,
+                             const bool half, const lk_product *a, int32_t e, int32_t row,
+                             int32_t row_end) {
+    const float *y_init = row == 0 ? a->y_init : a->y;
+    const float *alpha = row == 0 ? a->alpha : NULL;
+    lk_vec y[LK_GROUP_COLUMNS][LK_VECS];
+    LK_UNROLL
+    for (int c = 0; c < n_cols; c++) {
+        LK_UNROLL
+        for (int i = 0; i < n_vecs; i++) {
+            y[c][i] = v_set1(0.0f);
+            if (y_init) y[c][i] = v_load(y_init + c * a->y_stride + e + i * LK_LANES);
+            if (alpha) y[c][i] = v_mul(y[c][i], v_set1(alpha[c]));
+        }
+    }
+
+    const size_t x_stride = a->x_stride;
+    const size_t x_offset = (size_t)e * lane_bytes(dtype) + (size_t)row * x_stride;
+    const size_t x_bytes = (size_t)n_vecs * LK_LANES * lane_bytes(dtype);
+    const int w_step = dtype == LK_BF16 && !LK_BF16_DOT ? 2 : 1;
+    const unsigned char *x = a->x + x_offset, *next = a->next + x_offset;
+    const float *w = a->w + (int64_t)row * w_step;
+    const int64_t w_stride = a->w_stride;
+    for (int32_t r = row; r < row_end; r++, x += x_stride, next += x_stride, w += w_step) {
+        lk_vec even[LK_VECS], odd[LK_VECS];
+        load_row(dtype, n_vecs, half, x, even, odd);
+        LK_UNROLL
+        for (size_t line = 0; line < x_bytes; line += 64) prefetch(next + line);
+        LK_UNROLL
+        for (int c = 0; c < n_cols; c++) {
+            const float *wc = w + c * w_stride;
+            LK_UNROLL
+            for (int i = 0; i < n_vecs; i++) {
+#if LK_BF16_DOT
+                y[c][i] = v_dot(y[c][i], even[i], v_set1(wc[0]));
+#else
+                y[c][i] = v_fma(even[i], v_set1(wc[0]), y[c][i]);
+                if (dtype == LK_BF16) y[c][i] = v_fma(odd[i], v_set1(wc[1]), y[c][i]);
+#endif
+            }
+        }
+    }
+
+    LK_UNROLL
+    for (int c = 0; c < n_cols; c++) {
+        LK_UNROLL
+        for (int i = 0; i < n_vecs; i++)
+            v_store(a->y + c * a->y_stride + e + i * LK_LANES, y[c][i]);
+    }
+}
+
+LK_INLINE void product_cols(const lk_dtype dtype, const int n_cols, const lk_product *a) {
+    for (int32_t row = 0; row < a->n_rows; row += LK_ROW_BLOCK) {
+        const int32_t row_end = row + LK_ROW_BLOCK < a->n_rows ? row + LK_ROW_BLOCK : a->n_rows;
+        int32_t e = a->begin;
+        for (; e + LK_VECS * LK_LANES <= a->end; e += LK_VECS * LK_LANES)
+            product_block(dtype, n_cols, LK_VECS, false, a, e, row, row_end);
+        for (; e + LK_LANES <= a->end; e += LK_LANES)
+            product_block(dtype, n_cols, 1, false, a, e, row, row_end);
+#if LK_LANES > LK_CHANNEL_STEP
+        /* Sizes are multiples of 8, so what is left is exactly half of a 16-lane vector. */
+        if (e < a->end) product_block(dtype, n_cols, 1, true, a, e, row, row_end);
+#endif
+    }
+}
+
+LK_INLINE void product_any(const lk_dtype dtype, const lk_product *a) {
+    switch (a->n_cols) {
+    case 4: product_cols(dtype, 4, a); return;
+    case 3: product_cols(dtype, 3, a); return;
+    case 2: product_cols(dtype, 2, a); return;
+    default: product_cols(dtype, 1, a);
+    }
+}
+
+/* One copy of the unrolled code per dtype, not one per call. */
+LK_NOINLINE void product_bf16(const lk_product *a) { product_any(LK_BF16, a); }
+#if !LK_BF16_DOT
+LK_NOINLINE void product_f32(const lk_product *a) { product_any(LK_F32, a); }
+LK_NOINLINE void product_f16(const lk_product *a) { product_any(LK_F16, a); }
+#endif
+
+LK_INLINE void product(const lk_dtype dtype, const lk_product *a) {
+#if LK_BF16_DOT
+    (void)dtype;
+    product_bf16(a);
+#else
+    if (dtype == LK_F32) product_f32(a);
+    else if (dtype == LK_BF16) product_bf16(a);
+    else product_f16(a);
+#endif
+}
+
+/* 2^x for x <= 0, the steps of lk_exp2. */
+LK_INLINE lk_vec v_exp2(lk_vec x) {
+    const lk_vec shifted = v_add(x, v_set1(LK_EXP2_ROUND));
+    const lk_vec f = v_sub(x, v_sub(shifted, v_set1(LK_EXP2_ROUND)));
+    lk_vec p = v_fma(f, v_set1(LK_EXP2_C6), v_set1(LK_EXP2_C5));
+    p = v_fma(f, p, v_set1(LK_EXP2_C4));
+    p = v_fma(f, p, v_set1(LK_EXP2_C3));
+    p = v_fma(f, p, v_set1(LK_EXP2_C2));
+    p = v_fma(f, p, v_set1(LK_EXP2_C1));
+    p = v_fma(f, p, v_set1(1.0f));
+    return v_zero_below(x, LK_EXP2_MIN, v_mul(p, v_pow2_shifted(shifted)));
+}
+
+/* ------------------------------------------------------------------------------------- what is visible */
+
+/* One column on one tile, in token slots: [0, visible) less [middle_begin, middle_end) is window. */
+typedef struct {
+    int32_t middle_begin, middle_end, visible;
+    bool window, middle; /* some visible slot is of that kind */
+} lk_view;
+
+LK_INLINE int32_t to_slot(int64_t token, int64_t first) {
+    return (int32_t)lk_min(lk_max(token - first, 0), LK_PAGE_TOKENS);
+}
+
+LK_INLINE lk_view view_of(const lk_job *job, int32_t c, int64_t first) {
+    lk_view v;
+    v.visible = to_slot(job->end[c], first);
+    v.middle_begin = to_slot(job->geom->sink, first);
+    v.middle_end = to_slot(lk_max(job->full_lo[c], job->geom->sink), first);
+    v.window = v.visible > v.middle_end || (v.visible > 0 && v.middle_begin > 0);
+    v.middle = v.middle_begin < v.middle_end && v.visible > v.middle_begin;
+    return v;
+}
+
+/* The blocks of one head in one page and its twin. NULL: not there, or not needed by any column. */
+typedef struct {
+    const unsigned char *kept, *dropped, *v;
+} lk_tile;
+
+/* first_full: smallest full_lo of the columns. A tile that no column can see has v = NULL. */
+LK_INLINE lk_tile tile_at(const lk_job *job, int64_t page, int64_t first_full, int64_t end) {
+    const lk_geom *geom = job->geom;
+    const int64_t first = page * LK_PAGE_TOKENS;
+    const int32_t n_kept = geom->n_kept[job->head];
+    const bool window = first < geom->sink || first + LK_PAGE_TOKENS > first_full;
+    lk_tile t = {NULL, NULL, NULL};
+    if (first >= end) return t;
+    if (n_kept > 0) {
+        const unsigned char *data = job->page[page]->data;
+        t.kept = data + geom->kept_off[job->head];
+        t.v = data + geom->v_off[job->head];
+    }
+    if (window && n_kept < geom->head_dim && job->twin[page]) {
+        const unsigned char *data = job->twin[page]->data;
+        t.dropped = data + geom->dropped_off[job->head];
+        if (n_kept == 0) t.v = data + geom->v_off[job->head];
+    }
+    return t;
+}
+
+/* --------------------------------------------------------------------------------------------- one tile */
+
+/* Logits of column c -> probabilities in its row of scratch.p; m and l go on, alpha is set.
+ * Unused slots hold anything, NaN too: they are replaced before they are looked at. */
+LK_NOINLINE void column_softmax(const lk_job *job, int32_t c, const lk_view *view,
+                                const float *kept, const float *full, const unsigned char *ahead) {
+    float *p = job->scratch.p + (int64_t)c * LK_PAGE_TOKENS;
+    const bool empty = job->geom->n_kept[job->head] == 0;
+    const bool mixed = view->middle && view->window && !empty;
+    const bool hide_middle = empty && view->middle_begin < view->middle_end;
+    const float *logits = view->window ? full : kept;
+    const lk_vec scale = v_set1(job->scale_log2), hidden = v_set1(-INFINITY);
+    lk_vec top = hidden;
+    for (int32_t line = 0; line < LK_AHEAD_LINES; line++) prefetch(ahead + 64 * line);
+    for (int32_t t = 0; t < LK_PAGE_TOKENS; t += LK_LANES) {
+        lk_vec x = v_load(logits + t);
+        if (mixed) x = v_pick(v_load(kept + t), x, t, view->middle_begin, view->middle_end);
+        x = v_mul(x, scale);
+        if (hide_middle) x = v_pick(hidden, x, t, view->middle_begin, view->middle_end);
+        if (view->visible < LK_PAGE_TOKENS) x = v_pick(x, hidden, t, 0, view->visible);
+        v_store(p + t, x);
+        top = v_max(top, x);
+    }
+
+    float shift;
+    const float alpha = lk_state_raise(&job->m[c], v_hmax(top), &shift);
+    const lk_vec shift_vec = v_set1(shift);
+    lk_vec sum = v_set1(0.0f);
+#if LK_BF16_DOT
+    /* p is rounded to bf16 for the dot instruction; l sums what is really multiplied with V. */
+    const lk_vec ones = v_set1(lk_f32_from_bits(0x3f803f80u));
+    for (int32_t t = 0; t < LK_PAGE_TOKENS; t += 2 * LK_LANES) {
+        const lk_vec low = v_exp2(v_sub(v_load(p + t), shift_vec));
+        const lk_vec high = v_exp2(v_sub(v_load(p + t + LK_LANES), shift_vec));
+        const lk_vec pairs = v_to_pairs(low, high);
+        v_store(p + t / 2, pairs);
+        sum = v_dot(sum, pairs, ones);
+    }
+#else
+    for (int32_t t = 0; t < LK_PAGE_TOKENS; t += LK_LANES) {
+        const lk_vec x = v_exp2(v_sub(v_load(p + t), shift_vec));
+        v_store(p + t, x);
+        sum = v_add(sum, x);
+    }
+#endif
+    job->l[c] = job->l[c] * alpha + v_hsum(sum);
+    job->scratch.alpha[c] = alpha;
+}
+
+/* Probabilities of the group that starts at column c0; false where it sees nothing of this tile. */
+LK_INLINE bool group_logits(const lk_job *job, const lk_dtype dtype, const lk_tile *tile,
+                            const lk_tile *next, int64_t first, int32_t c0, int32_t n_cols,
+                            lk_view *view) {
+    const lk_geom *geom = job->geom;
+    const int32_t n_kept = geom->n_kept[job->head], n_dropped = geom->head_dim - n_kept;
+    bool window = false, middle = false;
+    for (int32_t c = 0; c < n_cols; c++) {
+        view[c] = view_of(job, c0 + c, first);
+        window |= view[c].window;
+        middle |= view[c].middle;
+    }
+    if (!window && (!middle || n_kept == 0)) return false;
+
+    lk_product a = {.x_stride = LK_PAGE_TOKENS * lane_bytes(dtype),
+                    .w = job->scratch.q + (int64_t)c0 * geom->head_dim,
+                    .w_stride = geom->head_dim,
+                    .y = job->scratch.kept,
+                    .y_stride = LK_PAGE_TOKENS,
+                    .n_rows = n_kept / geom->group,
+                    .n_cols = n_cols,
+                    .end = LK_PAGE_TOKENS};
+    const float *full = job->scratch.kept;
+    const unsigned char *ahead = c0 == 0 && next->v ? next->v : tile->v;
+    if (n_kept > 0) {
+        a.x = tile->kept;
+        a.next = c0 == 0 && next->kept ? next->kept : a.x;
+        product(dtype, &a);
+    }
+    if (window && n_dropped > 0) {
+        full = job->scratch.full;
+        a.x = tile->dropped;
+        a.next = c0 == 0 && next->dropped ? next->dropped : a.x;
+        a.w += LK_BF16_DOT ? n_kept / 2 : n_kept;
+        a.y_init = n_kept > 0 ? job->scratch.kept : NULL;
+        a.y = job->scratch.full;
+        a.n_rows = n_dropped / geom->group;
+        product(dtype, &a);
+    }
+    for (int32_t c = 0; c < n_cols; c++)
+        column_softmax(job, c0 + c, &view[c], job->scratch.kept + c * LK_PAGE_TOKENS,
+                       full + c * LK_PAGE_TOKENS, ahead + (size_t)c * LK_AHEAD_LINES * 64);
+    return true;
+}
+
+/* o of the group += P V over the token slots [a->begin, a->end) reinterpreted as rows. */
+LK_INLINE void rows_product(const lk_dtype dtype, lk_product *a, const lk_tile *tile,
+                            const unsigned char *next, const float *p, int32_t row,
+                            int32_t n_rows) {
+    if (n_rows <= 0) return;
+    a->x = tile->v + (size_t)row * a->x_stride;
+    a->next = next + (size_t)row * a->x_stride;
+    a->w = p + (dtype == LK_BF16 && !LK_BF16_DOT ? 2 * row : row);
+    a->n_rows = n_rows;
+    product(dtype, a);
+    a->alpha = NULL; /* what follows adds to it */
+}
+
+/* A pair of tokens of which only one may be touched: the other one's V may be garbage, and 0 * NaN is NaN. */
+LK_INLINE void edge_product(const lk_job *job, const lk_dtype dtype, lk_product *a,
+                            const lk_tile *tile, const float *p, int32_t token, int32_t edge) {
+    const int32_t v_dim = job->geom->v_dim;
+    const size_t row_bytes = (size_t)v_dim * 4;
+    const uint32_t mask = token % 2 ? 0xffff0000u : 0x0000ffffu;
+    unsigned char *copy = job->scratch.edge + (size_t)edge * row_bytes;
+    const unsigned char *pairs = tile->v + (size_t)(token / 2) * row_bytes;
+    for (size_t i = 0; i < row_bytes; i += 4) {
+        uint32_t pair;
+        memcpy(&pair, pairs + i, 4);
+        pair &= mask;
+        memcpy(copy + i, &pair, 4);
+    }
+    a->x = a->next = copy;
+    a->w = p + (LK_BF16_DOT ? token / 2 : token / 2 * 2);
+    a->n_rows = 1;
+    product(dtype, a);
+    a->alpha = NULL;
+}
+
+/* o of the group over value indices [d_begin, d_end): rescale, then add P V. */
+LK_INLINE void group_values(const lk_job *job, const lk_dtype dtype, const lk_tile *tile,
+                            const lk_tile *next, const lk_view *view, int32_t c0, int32_t n_cols,
+                            int32_t d_begin, int32_t d_end) {
+    const lk_geom *geom = job->geom;
+    const int32_t group = geom->group;
+    const int64_t o_stride = lk_o_stride(geom);
+    const float *p = job->scratch.p + (int64_t)c0 * LK_PAGE_TOKENS;
+    const unsigned char *next_v = c0 == 0 && next->v ? next->v : tile->v;
+    float *o = job->o + c0 * o_stride;
+    lk_product a = {.x_stride = (size_t)geom->v_dim * lane_bytes(dtype),
+                    .w_stride = LK_PAGE_TOKENS,
+                    .y_init = o,
+                    .alpha = job->scratch.alpha + c0,
+                    .y = o,
+                    .y_stride = o_stride,
+                    .n_cols = n_cols,
+                    .begin = d_begin,
+                    .end = d_end};
+
+    /* Token slots to go over: [0, sink_end) and [begin, end). A live head has V of every token up to the last
+     * visible one, and p is 0 where a column sees nothing. An empty head has V of window tokens only. */
+    int32_t sink_end = 0, begin = LK_PAGE_TOKENS, end = 0;
+    for (int32_t c = 0; c < n_cols; c++) {
+        const lk_view *v = &view[c];
+        if (geom->n_kept[job->head] > 0) {
+            begin = 0;
+            end = v->visible > end ? v->visible : end;
+            continue;
+        }
+        const int32_t sink = v->visible < v->middle_begin ? v->visible : v->middle_begin;
+        sink_end = sink > sink_end ? sink : sink_end;
+        if (v->visible > v->middle_end) {
+            begin = v->middle_end < begin ? v->middle_end : begin;
+            end = v->visible > end ? v->visible : end;
+        }
+    }
+    if (group == 1) {
+        rows_product(dtype, &a, tile, next_v, p, 0, sink_end);
+        rows_product(dtype, &a, tile, next_v, p, begin, end - begin);
+    } else if (geom->n_kept[job->head] > 0) {
+        rows_product(dtype, &a, tile, next_v, p, 0, end / 2);
+        if (end % 2) edge_product(job, dtype, &a, tile, p, end - 1, 0);
+    } else {
+        rows_product(dtype, &a, tile, next_v, p, 0, sink_end / 2);
+        if (sink_end % 2) edge_product(job, dtype, &a, tile, p, sink_end - 1, 0);
+        if (begin < end && begin % 2) edge_product(job, dtype, &a, tile, p, begin++, 1);
+        rows_product(dtype, &a, tile, next_v, p, begin / 2, end / 2 - begin / 2);
+        if (begin < end && end % 2) edge_product(job, dtype, &a, tile, p, end - 1, 2);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- the job */
+
+/* q in the order of the stored channels: kept ones, then dropped ones. */
+LK_INLINE void pack_q(const lk_job *job, const lk_dtype dtype) {
+    const int32_t head_dim = job->geom->head_dim;
+    const int32_t *order = job->geom->order + (int64_t)job->head * head_dim;
+    for (int32_t c = 0; c < job->n_cols; c++) {
+        float *out = job->scratch.q + (int64_t)c * head_dim;
+        if (LK_BF16_DOT) {
+            const uint16_t *q = job->q[c];
+            for (int32_t i = 0; i < head_dim; i += 2) {
+                const uint32_t pair = (uint32_t)q[order[i]] | (uint32_t)q[order[i + 1]] << 16;
+                out[i / 2] = lk_f32_from_bits(pair);
+            }
+        } else {
+            for (int32_t i = 0; i < head_dim; i++)
+                out[i] = lk_half_load(dtype, job->q[c], order[i]);
+        }
+    }
+}
+
+LK_INLINE void decode_job(const lk_job *job, const lk_dtype dtype) {
+    const lk_geom *geom = job->geom;
+    const bool empty = geom->n_kept[job->head] == 0;
+    int64_t end = 0, first_full = INT64_MAX;
+    for (int32_t c = 0; c < job->n_cols; c++) {
+        end = lk_max(end, job->end[c]);
+        if (job->end[c] > 0) first_full = lk_min(first_full, job->full_lo[c]);
+    }
+    pack_q(job, dtype);
+    lk_state_init(job->m, job->l, job->o, job->n_cols, lk_o_stride(geom));
+
+    /* Empty heads finish a group at once, because their edge rows are made per group. */
+    const bool whole = empty || job->n_cols <= LK_GROUP_COLUMNS;
+    const int32_t d_step = whole ? geom->v_dim : LK_VALUE_SLICE;
+    lk_tile next = {NULL, NULL, NULL};
+    if (job->page_begin < job->page_end) next = tile_at(job, job->page_begin, first_full, end);
+    for (int64_t page = job->page_begin; page < job->page_end; page++) {
+        const lk_tile tile = next;
+        if (page + 1 < job->page_end) next = tile_at(job, page + 1, first_full, end);
+        if (!tile.v) continue;
+        const int64_t first = page * LK_PAGE_TOKENS;
+        lk_view view[LK_JOB_COLUMNS];
+        bool active[LK_JOB_COLUMNS / LK_GROUP_COLUMNS];
+        for (int32_t c = 0; c < job->n_cols; c += LK_GROUP_COLUMNS) {
+            const int32_t n_cols = (int32_t)lk_min(LK_GROUP_COLUMNS, job->n_cols - c);
+            active[c / LK_GROUP_COLUMNS] =
+                group_logits(job, dtype, &tile, &next, first, c, n_cols, &view[c]);
+        }
+        for (int32_t d = 0; d < geom->v_dim; d += d_step) {
+            const int32_t d_end = (int32_t)lk_min(d + d_step, geom->v_dim);
+            for (int32_t c = 0; c < job->n_cols; c += LK_GROUP_COLUMNS) {
+                const int32_t n_cols = (int32_t)lk_min(LK_GROUP_COLUMNS, job->n_cols - c);
+                if (active[c / LK_GROUP_COLUMNS])
+                    group_values(job, dtype, &tile, &next, &view[c], c, n_cols, d, d_end);
+            }
+        }
+    }
+}
+
+#define LK_ISA_NAME_(dtype, isa) lk_decode_##dtype##_##isa
+#define LK_ISA_NAME(dtype, isa) LK_ISA_NAME_(dtype, isa)
+
+void LK_ISA_NAME(bf16, LK_ISA)(const lk_job *job) { decode_job(job, LK_BF16); }
+#if !LK_BF16_DOT /* with it only bf16 differs from the variant without */
+void LK_ISA_NAME(f32, LK_ISA)(const lk_job *job) { decode_job(job, LK_F32); }
+void LK_ISA_NAME(f16, LK_ISA)(const lk_job *job) { decode_job(job, LK_F16); }
+#endif
