@@ -1,0 +1,1 @@
+"""Benchmarks check their result against the reference, then measure; tests assert no time."""
