@@ -3,9 +3,10 @@
     python -m tests.bench.bench_decode [--mask FILE]
 
 Without a file the mask has random channels, and as many heads of each width as the Llama-3.1-8B
-mask of the reference implementation: bytes and time depend on the widths alone. All layers of the mask are measured and averaged; B is 1. Each contender walks over buffers of at
-least four times the last-level cache, so that everything comes from memory. "decode" attends,
-"append" stores the step's K and V; "gain" compares the dense peers with the sum of the two.
+mask of the reference implementation: bytes and time depend on the widths alone. All layers of the
+mask are measured and averaged; B is 1. Each contender walks over buffers of at least four times
+the last-level cache, so that everything comes from memory. "decode" attends, "append" stores the
+step's K and V; "gain" compares the dense peers with the sum of the two.
 """
 
 import argparse
@@ -222,9 +223,10 @@ def main() -> None:
     keep = keep[: args.layers]
     machine = lib.machine(args.threads, args.seed)
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
+    name = args.mask.name if args.mask else "of Llama-3.1-8B widths"
     print(
-        f"mask {args.mask.name if args.mask else 'Llama widths'}: {len(keep)} layers, mean over them; Hq/Hkv {args.q_heads}/"
-        f"{keep.shape[1]}, D {keep.shape[2]}, B 1, sink {args.sink}, recent {args.recent};"
+        f"mask {name}: {len(keep)} layers, mean over them; Hq/Hkv {args.q_heads}/{keep.shape[1]},"
+        f" D {keep.shape[2]}, B 1, sink {args.sink}, recent {args.recent};"
         f" medians of {args.rounds} rounds, buffers rotate over {args.rotate_bytes >> 20} MiB"
     )
     lines = []
