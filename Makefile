@@ -75,7 +75,8 @@ SANITIZE := address,undefined
 SANITIZE_TESTS ?= tests
 sanitize: build
 	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r setup.py pyproject.toml README.md LICENSE csrc leank tests examples build/sanitize
+	cp -r $(wildcard *.py *.toml *.txt *.md) LICENSE .pre-commit-config.yaml csrc leank tests \
+	    examples build/sanitize
 	rm -f build/sanitize/leank/*.so
 	cd build/sanitize && LEANK_SANITIZE=$(SANITIZE) \
 	    $(abspath $(BIN))/python setup.py --quiet build_ext --inplace

@@ -64,6 +64,7 @@ typedef struct {
     int64_t n_new, first, end;
     int64_t twin_lo;    /* lo that decides which twins are written */
     int64_t settled_lo; /* lo, as far as one can tell, once the prompt is complete and settled */
+    bool reserved;      /* all twins of this call are part of the reservation */
     const int64_t *column;
 } row_plan;
 
@@ -78,7 +79,8 @@ static bool twin_wanted(const lk_geom *geom, const row_plan *plan, int64_t i) {
 
 static int twin_kind(const lk_geom *geom, const row_plan *plan, int64_t i) {
     if (i * LK_PAGE_TOKENS < geom->sink) return LK_TWIN_SINK;
-    return twin_stays(geom, i, plan->settled_lo) ? LK_TWIN_RECENT : LK_TWIN_PASSING;
+    const bool recent = plan->reserved || twin_stays(geom, i, plan->settled_lo);
+    return recent ? LK_TWIN_RECENT : LK_TWIN_PASSING;
 }
 
 /* Whether the row needs a new item at i: it has none yet, or shares the one it has. */
@@ -102,6 +104,7 @@ static lk_status plan_row(const lk_cache *cache, const lk_span *span, bool settl
                        .first = row->len / LK_PAGE_TOKENS,
                        .end = n_new ? lk_ceil_div(len, LK_PAGE_TOKENS) : 0,
                        .settled_lo = lk_settled_lo(cache->geom, row->lo, len + to_come),
+                       .reserved = cache->max_tokens >= 0 && !open,
                        .column = column};
     plan->twin_lo = settle && to_come == 0 ? plan->settled_lo : row->lo;
     return LK_OK;
@@ -180,8 +183,8 @@ static void place_items(lk_cache *cache, lk_row *row, const row_plan *plan, lk_p
     }
 }
 
-/* The writing half of append, with the pages and twins that plan_rows counted. Those used are set to NULL: of
- * rows that share a page all but the last copy it, and plan_rows cannot know which one that will be. */
+/* The writing half of append, with the pages and twins that plan_rows counted. Those used are set to NULL; a copy of
+ * this cache that lets go of a page in another thread meanwhile makes one superfluous. */
 static void write_rows(lk_cache *cache, const lk_span *span, const row_plan *plan, lk_page **fresh,
                        const demand *need) {
     const int64_t T = span->n_columns;
@@ -192,12 +195,16 @@ static void write_rows(lk_cache *cache, const lk_span *span, const row_plan *pla
     for (int64_t b = 0; b < cache->n_rows; b++) {
         lk_row *row = &cache->row[b];
         place_items(cache, row, &plan[b], &page, twin);
-        for (int64_t t = 0; t < T; t++)
-            row->real[cache->n_columns + t] = !span->valid || span->valid[b * T + t];
+        /* From the plan, not from `valid`: another thread of the caller's may have written to that meanwhile. */
+        if (T > 0) memset(row->real + cache->n_columns, 0, (size_t)T);
+        for (int64_t i = 0; i < plan[b].n_new; i++)
+            row->real[cache->n_columns + plan[b].column[i]] = 1;
     }
     const int64_t n_items = cache->n_rows * cache->geom->n_heads;
     const int64_t elems = n_items * T * (cache->geom->head_dim + cache->geom->v_dim);
-#pragma omp parallel for schedule(dynamic, 1) if (elems >= PARALLEL_PACK_ELEMS)
+    const int n_threads = elems < PARALLEL_PACK_ELEMS ? 1 : lk_thread_count(span->n_threads);
+    (void)n_threads; /* used only in the directive, which a compiler without OpenMP does not see */
+    OMP(omp parallel for schedule(dynamic, 1) num_threads(n_threads))
     for (int64_t item = 0; item < n_items; item++) {
         const int64_t b = item / cache->geom->n_heads;
         pack_row_head(cache, span, &plan[b], b, (int32_t)(item % cache->geom->n_heads));
@@ -218,7 +225,7 @@ static lk_status take_items(lk_pool *pool, const demand *need, lk_page **out) {
 static lk_status add(lk_cache *cache, const lk_span *span, bool settle) {
     const int64_t T = span->n_columns;
     LK_CHECK(T >= 0 && T < INT64_MAX / 8 - cache->n_columns, LK_E_SHAPE);
-    LK_CHECK(cache->n_replaced == 0, LK_E_STATE); /* a put that was neither settled nor undone */
+    LK_CHECK(!cache->replaced, LK_E_STATE); /* a put that was neither settled nor undone */
     size_t n_cells;
     LK_CHECK(lk_mul((size_t)cache->n_rows, (size_t)T, &n_cells), LK_E_SHAPE);
     row_plan *plan = lk_alloc((size_t)cache->n_rows, sizeof *plan);
@@ -258,7 +265,7 @@ lk_status lk_cache_put(lk_cache *cache, const lk_span *span) { return add(cache,
 
 /* ------------------------------------------------------------------------------- settle and undo */
 
-static void forget_replaced(lk_cache *cache) {
+void lk_forget_replaced(lk_cache *cache) {
     for (int64_t i = 0; i < cache->n_replaced; i++)
         lk_page_release(cache->pool, cache->replaced[i].old);
     lk_dealloc(cache->replaced);
@@ -267,7 +274,7 @@ static void forget_replaced(lk_cache *cache) {
 }
 
 void lk_cache_settle(lk_cache *cache) {
-    forget_replaced(cache);
+    lk_forget_replaced(cache);
     for (int64_t b = 0; b < cache->n_rows; b++) {
         lk_row *row = &cache->row[b];
         row->n0 = lk_row_prompt(cache, b);
@@ -289,7 +296,7 @@ void lk_cache_undo(lk_cache *cache, int64_t n_columns) {
         *cache->replaced[i].entry = cache->replaced[i].old;
         cache->replaced[i].old = taken_back;
     }
-    forget_replaced(cache);
+    lk_forget_replaced(cache);
     (void)lk_cache_crop(cache, n_columns);  /* cannot fail: there were as many columns before */
     cache->prompt_columns = prompt_columns; /* a crop to 0 columns forgets the announcement */
 }

@@ -144,6 +144,7 @@ lk_status lk_cache_create_reserved(const lk_config *config, int64_t n_rows, int6
 
 void lk_cache_free(lk_cache *cache) {
     if (!cache) return;
+    lk_forget_replaced(cache);
     for (int64_t b = 0; b < cache->n_rows; b++) row_clear(cache, &cache->row[b]);
     (void)reserve_rows(cache, -cache->n_rows); /* giving back cannot fail */
     lk_dealloc(cache->row);

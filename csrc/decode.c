@@ -9,9 +9,6 @@
 
 #ifdef _OPENMP
 #include <omp.h>
-#define OMP(directive) _Pragma(#directive)
-#else
-#define OMP(directive)
 #endif
 
 /* Pages of an item, at least. Fewer pay more often for the start of a stream of reads and for the merge. */
@@ -102,7 +99,7 @@ static int64_t state_head_floats(const plan *p) { return lk_ceil_div(2 * p->bloc
 static lk_status check_args(const lk_decode_args *args) {
     LK_CHECK(args && args->cache && args->q && args->o, LK_E_VALUE);
     const lk_cache *cache = args->cache;
-    LK_CHECK(isfinite(args->scale), LK_E_VALUE);
+    LK_CHECK(isfinite((float)((double)args->scale * LOG2_E)), LK_E_VALUE);
     LK_CHECK(args->n_q_heads > 0 && args->n_q_heads % cache->geom->n_heads == 0, LK_E_SHAPE);
     LK_CHECK(cache->n_columns > 0, LK_E_STATE);
     LK_CHECK(args->n_columns >= 1 && args->n_columns <= cache->n_columns, LK_E_SHAPE);
@@ -236,12 +233,7 @@ static void sort_items(item *items, int64_t n) {
 
 static int choose_threads(const plan *p) {
     if (p->work < ONE_THREAD_WORK) return 1;
-#ifdef _OPENMP
-    const int wanted = p->args->n_threads > 0 ? p->args->n_threads : omp_get_max_threads();
-#else
-    const int wanted = 1;
-#endif
-    return (int)lk_min(wanted, p->n_items);
+    return (int)lk_min(lk_thread_count(p->args->n_threads), p->n_items);
 }
 
 static lk_status make_plan(plan *p) {

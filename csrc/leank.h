@@ -14,7 +14,7 @@
  *   middle key   any other, Dk[g] = 0:                                     not attended at all
  * and one softmax over what is attended, times V. n0 is the row's prompt length: the prompt attends
  * densely, pruning is for what comes after. lo is the first position, at or after S0, whose dropped
- * channels are still stored; without crop it is never inside the window.
+ * channels are still stored: it stays behind the window of the next query, unless rows were cropped.
  *
  * Columns and tokens. Callers speak columns: a call brings T columns for all rows, of which a row
  * may use some (padding is not a token and is not stored). A bitmap of real tokens maps the two.
@@ -42,7 +42,7 @@ typedef enum {
     LK_E_SHAPE, /* a size does not fit the cache, or sizes overflow */
     LK_E_VALUE, /* an argument is outside its range */
     LK_E_LIMIT, /* the call would pass max_tokens or max_call of a reserved cache */
-    LK_E_STATE, /* not allowed in this state (prompt announced on a non-empty cache, nothing to attend) */
+    LK_E_STATE, /* not allowed now: prompt announced late, nothing to attend to, a put that was not settled */
     LK_E_ISA /* unknown instruction set name, or not available on this machine */
 } lk_status;
 
@@ -101,9 +101,12 @@ typedef struct {
 } lk_config;
 
 typedef struct {
-    int64_t n_pages, n_twins; /* live, shared ones counted once */
-    size_t k_bytes, v_bytes;  /* K and V in live pages and twins, whole pages and twins counted */
-    size_t slab_bytes;        /* what was taken from the allocator for them (this cache's pool) */
+    int64_t n_pages,
+        n_twins; /* live, or reserved if that is more; those that rows share count once */
+    size_t k_bytes, v_bytes; /* K and V in them, whole pages and twins counted */
+    /* What was taken from the allocator for this cache and its copies. As rows grow it exceeds the live bytes by at
+     * most 1%, or a page and a twin per row; rows that are cropped or dropped give back whole slabs only. */
+    size_t slab_bytes;
 } lk_memory;
 
 typedef struct lk_cache lk_cache;
@@ -111,9 +114,10 @@ typedef struct lk_cache lk_cache;
 /* An empty growing cache. The mask must pass lk_mask_check with align LK_CHANNEL_STEP. */
 lk_status lk_cache_create(const lk_config *config, int64_t n_rows, lk_cache **out);
 
-/* An empty reserved cache: everything that rows of at most max_tokens tokens and calls of at most max_call tokens
- * of a row need after the prompt is allocated now, and appending past a limit is LK_E_LIMIT. (A prompt fed in
- * several calls keeps its dropped channels until it is complete; those come from the allocator and go back.) */
+/* An empty reserved cache: the pages and twins that rows of at most max_tokens tokens, and calls of at most max_call
+ * tokens of a row after the prompt, need are allocated now; appending past a limit is LK_E_LIMIT. Two things still come
+ * from the allocator, and go back: the dropped channels of a prompt that is attended here, until it is complete, and
+ * one more item per row in the call in which rows that shared a page part. */
 lk_status lk_cache_create_reserved(const lk_config *config, int64_t n_rows, int64_t max_tokens,
                                    int64_t max_call, lk_cache **out);
 
@@ -144,6 +148,7 @@ typedef struct {
     int64_t v_stride[3];
     const uint8_t *valid; /* [B, T] contiguous, non-zero = a token of that row; NULL = all */
     int64_t n_columns;    /* T >= 0 */
+    int n_threads;        /* to pack many tokens with; <= 0: what OpenMP would use */
 } lk_span;
 
 /* Append and settle: the call for K and V that nobody attends to through this library (a prompt). Dropped
@@ -152,7 +157,7 @@ lk_status lk_cache_append(lk_cache *cache, const lk_span *span);
 
 /* The two halves, for attending in between: put stores every channel of the new tokens; settle completes the
  * prompt if its columns are all there, raises lo, and frees the dropped channels that are wholly older than
- * W + slack; it cannot fail. lk_attend (below) does the whole step. */
+ * W + slack; it cannot fail. Between the two only lk_decode may be called. lk_attend (below) does the whole step. */
 lk_status lk_cache_put(lk_cache *cache, const lk_span *span);
 void lk_cache_settle(lk_cache *cache);
 
@@ -177,7 +182,8 @@ lk_status lk_predict_memory(const lk_config *config, const int64_t *lengths, int
 
 /* lk_decode: attention of the last T columns of the cache, by the rule at the top of this file.
  * q [B, Hq, T, D], o [B, Hq, T, Dv], both cache dtype, strides in elements, last axis contiguous.
- * The T columns were put but not yet settled (always right), or appended and T = 1.
+ * The T columns were put but not yet settled, or appended and T = 1. (The last token of a prompt is attended to densely
+ * only before it is settled; lo holds for it afterwards.) A logit that overflows to -inf counts as not attended.
  * o of a padding column is 0. f32 accumulation. Two runs agree bit for bit, whatever n_threads is.
  * n_threads <= 0: what OpenMP would use. Bytes read per row, window and short splits apart:
  * elem * L * sum over g with Dk[g] > 0 of (Dk[g] + Dv).

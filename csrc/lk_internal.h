@@ -7,10 +7,19 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-/* Return early: LK_CHECK for a condition on input, LK_TRY to hand a status on. */
+/* Return early: LK_CHECK for a condition on input, LK_TRY to hand a status on. Builds with LEANK_DEBUG=1 say where. */
+#ifdef LK_DEBUG
+#include <stdio.h>
+#define LK_LOG(text) ((void)fprintf(stderr, "leank: %s:%d: %s\n", __FILE__, __LINE__, text))
+#else
+#define LK_LOG(text) ((void)0)
+#endif
 #define LK_CHECK(cond, status)                                                                     \
     do {                                                                                           \
-        if (!(cond)) return (status);                                                              \
+        if (!(cond)) {                                                                             \
+            LK_LOG(#status ": " #cond);                                                            \
+            return (status);                                                                       \
+        }                                                                                          \
     } while (0)
 #define LK_TRY(call)                                                                               \
     do {                                                                                           \
@@ -23,9 +32,22 @@ static inline bool lk_mul(size_t a, size_t b, size_t *out) {
     return !__builtin_mul_overflow(a, b, out);
 }
 
+/* An OpenMP directive, or nothing. */
+#ifdef _OPENMP
+#define OMP(directive) _Pragma(#directive)
+#else
+#define OMP(directive)
+#endif
+
 static inline int64_t lk_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t lk_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t lk_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* ---------------------------------------------------------------------------------------- threads.c */
+
+/* Threads to use where `wanted` are asked for (<= 0: OpenMP's choice): not more than the machine has, and 1 in a
+ * process that was forked. */
+int lk_thread_count(int wanted);
 
 /* ------------------------------------------------------------------------------------------ alloc.c */
 
@@ -65,7 +87,8 @@ typedef struct lk_geom {
 
 struct lk_slab;
 
-/* A page or a twin: its data never moves. refs counts row tables that hold it, over all cache copies. */
+/* A page or a twin: its data never moves. refs counts the row tables and undo lists that hold it, over all copies of
+ * the cache. */
 typedef struct lk_page {
     unsigned char *data;
     struct lk_slab *slab;
@@ -115,6 +138,9 @@ typedef struct {
     int64_t n_pages, n_sink_twins, n_recent_twins;
 } lk_reservation;
 lk_reservation lk_reserved_per_row(const lk_geom *geom, int64_t max_tokens, int64_t max_call);
+
+/* Release what a put has replaced. */
+void lk_forget_replaced(lk_cache *cache);
 
 /* Take back the columns of a put that was not settled, and whatever it changed with them. */
 void lk_cache_undo(lk_cache *cache, int64_t n_columns);

@@ -1,4 +1,5 @@
-/* lk_pack.h: moving tokens between dense rows and the element order of pages. Used by pack.c and cache.c. */
+/* lk_pack.h: moving tokens between dense rows and the element order of pages. Used by
+ * pack.c, append.c and cache_report.c. */
 #ifndef LK_PACK_H
 #define LK_PACK_H
 

@@ -1,4 +1,5 @@
-/* lk_pool.h: pages and twins of a layer: geometry, slabs, reference counts. Used by pool.c and cache.c. */
+/* lk_pool.h: pages and twins of a layer: geometry, slabs, reference counts. Used by the files of the
+ * cache. */
 #ifndef LK_POOL_H
 #define LK_POOL_H
 

@@ -62,7 +62,7 @@ PyArrayObject *py_check_array(PyObject *object, const char *name, int type_num, 
         return NULL;
     }
     PyArrayObject *array = (PyArrayObject *)object;
-    if (PyArray_TYPE(array) != type_num || !PyArray_ISNOTSWAPPED(array)) {
+    if (!PyArray_EquivTypenums(PyArray_TYPE(array), type_num) || !PyArray_ISNOTSWAPPED(array)) {
         PyArray_Descr *want = PyArray_DescrFromType(type_num);
         PyErr_Format(PyExc_TypeError, "%s: expected dtype %S, got %S", name, want,
                      PyArray_DESCR(array));
@@ -115,24 +115,21 @@ const void *py_check_contiguous(PyObject *object, const char *name, int type_num
     return PyArray_DATA(array);
 }
 
+bool py_check_least(long long value, long long least, const char *name) {
+    if (value >= least && value < INT64_MAX / 8) return true;
+    PyErr_Format(PyExc_ValueError, "%s: expected at least %lld and less than 2**60, got %lld", name,
+                 least, value);
+    return false;
+}
+
 bool py_parse_limit(PyObject *object, const char *name, int64_t *out) {
     *out = -1;
     if (object == NULL || object == Py_None) return true;
     const long long value = PyLong_AsLongLong(object);
     if (value == -1 && PyErr_Occurred()) return false;
-    if (value < 1) {
-        PyErr_Format(PyExc_ValueError, "%s: expected at least 1, got %lld", name, value);
-        return false;
-    }
+    if (!py_check_least(value, 1, name)) return false;
     *out = value;
     return true;
-}
-
-static bool check_least(long long value, long long least, const char *name) {
-    if (value >= least && value < INT64_MAX / 8) return true;
-    PyErr_Format(PyExc_ValueError, "%s: expected at least %lld and less than 2**60, got %lld", name,
-                 least, value);
-    return false;
 }
 
 static bool check_dim(int64_t value, const char *name, const char *what) {
@@ -153,8 +150,8 @@ bool py_parse_config(PyObject *keep, PyObject *dtype, PyObject *v_dim, long long
         return false;
     }
     if (!check_dim(head_dim, "keep", "the head dim")) return false;
-    if (!check_least(sink, 0, "sink") || !check_least(recent, 1, "recent")) return false;
-    if (!check_least(slack, 0, "slack")) return false;
+    if (!py_check_least(sink, 0, "sink") || !py_check_least(recent, 1, "recent")) return false;
+    if (!py_check_least(slack, 0, "slack")) return false;
     int64_t value_dim = -1;
     if (!py_parse_limit(v_dim, "v_dim", &value_dim)) return false;
     if (value_dim < 0) value_dim = head_dim;

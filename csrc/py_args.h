@@ -49,6 +49,8 @@ const char *py_dtype_name(lk_dtype dtype);
 /* The config shared by LayerCache and predict_memory; false with an exception. keep: bool [Hkv, D], borrowed. */
 bool py_parse_config(PyObject *keep, PyObject *dtype, PyObject *v_dim, long long sink,
                      long long recent, long long slack, lk_config *config);
+/* least <= value < 2**60; false with an exception otherwise. */
+bool py_check_least(long long value, long long least, const char *name);
 /* None: -1. */
 bool py_parse_limit(PyObject *object, const char *name, int64_t *out);
 

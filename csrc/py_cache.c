@@ -15,18 +15,23 @@ static void layer_cache_dealloc(PyObject *object) {
     Py_DECREF(type); /* instances of a heap type own a reference to it */
 }
 
-/* A new object that takes over `cache`; on failure the cache is freed. */
-static PyObject *wrap(PyTypeObject *type, lk_cache *cache, const lk_config *config,
-                      int64_t max_tokens) {
+static uint8_t *copy_keep(const lk_config *config) {
     const size_t n = (size_t)config->n_heads * (size_t)config->head_dim;
     uint8_t *keep = PyMem_Malloc(n);
-    py_layer_cache *self = keep ? (py_layer_cache *)type->tp_alloc(type, 0) : NULL;
+    if (!keep) PyErr_NoMemory();
+    else memcpy(keep, config->keep, n);
+    return keep;
+}
+
+/* A new object that takes over `cache` and `keep`; on failure both are freed. */
+static PyObject *wrap(PyTypeObject *type, lk_cache *cache, const lk_config *config, uint8_t *keep,
+                      int64_t max_tokens) {
+    py_layer_cache *self = (py_layer_cache *)type->tp_alloc(type, 0);
     if (!self) {
         PyMem_Free(keep);
         lk_cache_free(cache);
-        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+        return NULL;
     }
-    memcpy(keep, config->keep, n);
     self->cache = cache;
     self->config = *config;
     self->config.keep = self->keep = keep;
@@ -62,15 +67,23 @@ static PyObject *layer_cache_new(PyTypeObject *type, PyObject *args, PyObject *k
     if (n_rows < 1 || n_rows > INT32_MAX)
         return PyErr_Format(PyExc_ValueError, "n_rows: expected 1 to %d, got %lld", INT32_MAX,
                             n_rows);
-    if (max_call < 1)
-        return PyErr_Format(PyExc_ValueError, "max_call: expected at least 1, got %lld", max_call);
+    if (!py_check_least(max_call, 1, "max_call")) return NULL;
+    /* Our own copy from here on: the caller's array may change while the GIL is dropped. */
+    uint8_t *own_keep = copy_keep(&config);
+    if (!own_keep) return NULL;
+    config.keep = own_keep;
     lk_cache *cache = NULL;
     lk_status status;
-    Py_BEGIN_ALLOW_THREADS status =
-        max_tokens < 0 ? lk_cache_create(&config, n_rows, &cache)
-                       : lk_cache_create_reserved(&config, n_rows, max_tokens, max_call, &cache);
-    Py_END_ALLOW_THREADS if (status != LK_OK) return py_raise(status, "LayerCache");
-    return wrap(type, cache, &config, max_tokens);
+    Py_BEGIN_ALLOW_THREADS
+    status = max_tokens < 0
+                 ? lk_cache_create(&config, n_rows, &cache)
+                 : lk_cache_create_reserved(&config, n_rows, max_tokens, max_call, &cache);
+    Py_END_ALLOW_THREADS
+    if (status != LK_OK) {
+        PyMem_Free(own_keep);
+        return py_raise(status, "LayerCache");
+    }
+    return wrap(type, cache, &config, own_keep, max_tokens);
 }
 
 static PyObject *layer_cache_copy(PyObject *object, PyObject *unused) {
@@ -78,11 +91,20 @@ static PyObject *layer_cache_copy(PyObject *object, PyObject *unused) {
     py_layer_cache *self = (py_layer_cache *)object;
     lk_cache *copy = NULL;
     lk_status status;
-    if (!py_claim(self)) return NULL;
-    Py_BEGIN_ALLOW_THREADS status = lk_cache_copy(self->cache, &copy);
-    Py_END_ALLOW_THREADS py_unclaim(self);
-    if (status != LK_OK) return py_raise(status, "copy");
-    return wrap(Py_TYPE(object), copy, &self->config, self->max_tokens);
+    uint8_t *keep = copy_keep(&self->config);
+    if (!keep || !py_claim(self)) {
+        PyMem_Free(keep);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = lk_cache_copy(self->cache, &copy);
+    Py_END_ALLOW_THREADS
+    py_unclaim(self);
+    if (status != LK_OK) {
+        PyMem_Free(keep);
+        return py_raise(status, "copy");
+    }
+    return wrap(Py_TYPE(object), copy, &self->config, keep, self->max_tokens);
 }
 
 static PyObject *layer_cache_deepcopy(PyObject *object, PyObject *memo) {
@@ -138,7 +160,8 @@ static PyObject *layer_cache_append(PyObject *object, PyObject *args, PyObject *
     lk_status status = LK_OK;
     const bool parsed = py_parse_span(self, k, v, valid, PY_ANY, &span);
     if (parsed) {
-        Py_BEGIN_ALLOW_THREADS status = lk_cache_append(self->cache, &span);
+        Py_BEGIN_ALLOW_THREADS
+        status = lk_cache_append(self->cache, &span);
         Py_END_ALLOW_THREADS
     }
     py_unclaim(self);
@@ -178,9 +201,9 @@ static PyObject *layer_cache_select(PyObject *object, PyObject *arg) {
     const npy_intp n_rows = PyArray_DIM((PyArrayObject *)arg, 0);
     if (!py_claim(self)) return NULL;
     const long long now = lk_cache_n_rows(self->cache);
-    lk_status status;
-    Py_BEGIN_ALLOW_THREADS status = lk_cache_select(self->cache, rows, n_rows);
-    Py_END_ALLOW_THREADS py_unclaim(self);
+    /* With the GIL: nobody may change the array between its check and its use. */
+    const lk_status status = lk_cache_select(self->cache, rows, n_rows);
+    py_unclaim(self);
     if (status == LK_E_SHAPE)
         return PyErr_Format(PyExc_ValueError, "rows: expected at least one row, got %zd", n_rows);
     if (status == LK_E_VALUE)
@@ -211,9 +234,11 @@ static PyObject *layer_cache_gather(PyObject *object, PyObject *arg) {
     v = PyArray_SimpleNew(3, shape, type_num);
     if (!k || !v) goto done;
     lk_status status;
-    Py_BEGIN_ALLOW_THREADS status = lk_cache_gather(
-        self->cache, row, PyArray_DATA((PyArrayObject *)k), PyArray_DATA((PyArrayObject *)v));
-    Py_END_ALLOW_THREADS if (status != LK_OK) py_raise(status, "gather");
+    Py_BEGIN_ALLOW_THREADS
+    status = lk_cache_gather(self->cache, row, PyArray_DATA((PyArrayObject *)k),
+                             PyArray_DATA((PyArrayObject *)v));
+    Py_END_ALLOW_THREADS
+    if (status != LK_OK) py_raise(status, "gather");
     else both = PyTuple_Pack(2, k, v);
 done:
     py_unclaim(self);
@@ -279,13 +304,20 @@ static PyObject *get_keep(PyObject *object, void *closure) {
     return array;
 }
 
+static PyObject *whole_cache(PyObject *object, int64_t (*value)(const lk_cache *)) {
+    py_layer_cache *self = (py_layer_cache *)object;
+    if (!py_claim(self)) return NULL;
+    const long long number = value(self->cache);
+    py_unclaim(self);
+    return PyLong_FromLongLong(number);
+}
 static PyObject *get_n_rows(PyObject *self, void *closure) {
     (void)closure;
-    return PyLong_FromLongLong(lk_cache_n_rows(((py_layer_cache *)self)->cache));
+    return whole_cache(self, lk_cache_n_rows);
 }
 static PyObject *get_n_columns(PyObject *self, void *closure) {
     (void)closure;
-    return PyLong_FromLongLong(lk_cache_n_columns(((py_layer_cache *)self)->cache));
+    return whole_cache(self, lk_cache_n_columns);
 }
 static PyObject *get_n_heads(PyObject *self, void *closure) {
     (void)closure;
@@ -340,14 +372,14 @@ PyObject *py_predict_memory(PyObject *module, PyObject *args, PyObject *kwargs) 
     const int64_t *lengths =
         py_check_contiguous(lengths_arg, "lengths", NPY_INT64, 1, (int64_t[]){PY_ANY});
     if (!lengths) return NULL;
-    if (max_call < 1)
-        return PyErr_Format(PyExc_ValueError, "max_call: expected at least 1, got %lld", max_call);
+    if (!py_check_least(max_call, 1, "max_call")) return NULL;
     lk_memory memory;
     const lk_status status =
         lk_predict_memory(&config, lengths, PyArray_DIM((PyArrayObject *)lengths_arg, 0),
                           max_tokens, max_call, &memory);
     if (status == LK_E_VALUE)
-        return PyErr_Format(PyExc_ValueError, "lengths: expected 0 or more tokens, got %R",
+        return PyErr_Format(PyExc_ValueError,
+                            "lengths: expected 0 or more and less than 2**60 tokens, got %R",
                             lengths_arg);
     if (status != LK_OK) return py_raise(status, "predict_memory");
     return py_memory_dict(&memory);

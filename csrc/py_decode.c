@@ -3,6 +3,42 @@
 
 #include <math.h>
 
+/* First and last byte that an array covers, whatever the signs of its strides. */
+static void extent(PyArrayObject *array, uintptr_t *first, uintptr_t *last) {
+    *first = *last = (uintptr_t)PyArray_DATA(array);
+    for (int i = 0; i < PyArray_NDIM(array); i++) {
+        const npy_intp reach = (PyArray_DIM(array, i) - 1) * PyArray_STRIDE(array, i);
+        if (reach > 0) *last += (uintptr_t)reach;
+        else *first -= (uintptr_t)-reach;
+    }
+    *last += (uintptr_t)PyArray_ITEMSIZE(array) - 1;
+}
+
+/* Outputs are written while inputs are still read, and by several threads. */
+static bool check_out(PyArrayObject *out, PyObject *const *inputs, const char *const *names,
+                      int n) {
+    uintptr_t first, last, in_first, in_last;
+    if (PyArray_SIZE(out) == 0) return true;
+    extent(out, &first, &last);
+    for (int i = 0; i < PyArray_NDIM(out); i++) {
+        if (PyArray_DIM(out, i) > 1 && PyArray_STRIDE(out, i) == 0) {
+            PyErr_Format(PyExc_ValueError,
+                         "out: expected elements of their own, got stride 0 on axis %d", i);
+            return false;
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        if (inputs[i] == Py_None) continue;
+        extent((PyArrayObject *)inputs[i], &in_first, &in_last);
+        if (first <= in_last && in_first <= last) {
+            PyErr_Format(PyExc_ValueError, "out: expected memory of its own, got some that %s uses",
+                         names[i]);
+            return false;
+        }
+    }
+    return true;
+}
+
 PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"cache", "q", "k", "v", "valid", "scale", "out", "n_threads", NULL};
     py_state *state = PyModule_GetState(module);
@@ -68,13 +104,17 @@ PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
         out = Py_XNewRef((PyObject *)py_check_array(out_arg, "out", type_num, 4, want, true));
     }
     if (!out) goto done;
+    PyObject *const inputs[3] = {q_arg, k, v};
+    if (!check_out((PyArrayObject *)out, inputs, (const char *const[]){"q", "k", "v"}, 3))
+        goto done;
     call.o = PyArray_DATA((PyArrayObject *)out);
     py_elem_strides((PyArrayObject *)out, 3, call.o_stride);
 
     lk_status status;
-    Py_BEGIN_ALLOW_THREADS status =
-        k != Py_None ? lk_attend(self->cache, &span, &call) : lk_decode(&call);
-    Py_END_ALLOW_THREADS if (status == LK_OK) result = Py_NewRef(out);
+    Py_BEGIN_ALLOW_THREADS
+    status = k != Py_None ? lk_attend(self->cache, &span, &call) : lk_decode(&call);
+    Py_END_ALLOW_THREADS
+    if (status == LK_OK) result = Py_NewRef(out);
     else py_raise_append(self, status, "decode");
 done:
     py_unclaim(self);

@@ -34,9 +34,11 @@ PyObject *py_select_channels(PyObject *module, PyObject *args, PyObject *kwargs)
     PyObject *keep = PyArray_SimpleNew(3, shape, NPY_BOOL);
     if (!keep) return NULL;
     lk_status status;
-    Py_BEGIN_ALLOW_THREADS status = lk_mask_select(scores, shape[0] * shape[1], shape[2], ratio,
-                                                   align, PyArray_DATA((PyArrayObject *)keep));
-    Py_END_ALLOW_THREADS if (status == LK_OK) return keep;
+    Py_BEGIN_ALLOW_THREADS
+    status = lk_mask_select(scores, shape[0] * shape[1], shape[2], ratio, align,
+                            PyArray_DATA((PyArrayObject *)keep));
+    Py_END_ALLOW_THREADS
+    if (status == LK_OK) return keep;
     Py_DECREF(keep);
     if (status == LK_E_VALUE)
         return PyErr_Format(PyExc_ValueError,
