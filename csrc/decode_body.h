@@ -23,9 +23,6 @@
 #define LK_UNROLL _Pragma("GCC unroll 8")
 #endif
 
-/* Value indices that all groups handle before the next ones: this slice of V then stays in L1. */
-#define LK_VALUE_SLICE 64
-
 /* Lines of the next V that each softmax of the first group prefetches, so that memory does not rest meanwhile. */
 #define LK_AHEAD_LINES 16
 
@@ -328,11 +325,11 @@ LK_INLINE bool group_logits(const lk_job *job, const lk_dtype dtype, const lk_ti
 }
 
 /* o of the group += P V over the token slots [a->begin, a->end) reinterpreted as rows. */
-LK_INLINE void rows_product(const lk_dtype dtype, lk_product *a, const lk_tile *tile,
+LK_INLINE void rows_product(const lk_dtype dtype, lk_product *a, const unsigned char *v,
                             const unsigned char *next, const float *p, int32_t row,
                             int32_t n_rows) {
     if (n_rows <= 0) return;
-    a->x = tile->v + (size_t)row * a->x_stride;
+    a->x = v + (size_t)row * a->x_stride;
     a->next = next + (size_t)row * a->x_stride;
     a->w = p + (dtype == LK_BF16 && !LK_BF16_DOT ? 2 * row : row);
     a->n_rows = n_rows;
@@ -342,12 +339,11 @@ LK_INLINE void rows_product(const lk_dtype dtype, lk_product *a, const lk_tile *
 
 /* A pair of tokens of which only one may be touched: the other one's V may be garbage, and 0 * NaN is NaN. */
 LK_INLINE void edge_product(const lk_job *job, const lk_dtype dtype, lk_product *a,
-                            const lk_tile *tile, const float *p, int32_t token, int32_t edge) {
-    const int32_t v_dim = job->geom->v_dim;
-    const size_t row_bytes = (size_t)v_dim * 4;
+                            const unsigned char *v, const float *p, int32_t token, int32_t edge) {
+    const size_t row_bytes = a->x_stride;
     const uint32_t mask = token % 2 ? 0xffff0000u : 0x0000ffffu;
     unsigned char *copy = job->scratch.edge + (size_t)edge * row_bytes;
-    const unsigned char *pairs = tile->v + (size_t)(token / 2) * row_bytes;
+    const unsigned char *pairs = v + (size_t)(token / 2) * row_bytes;
     for (size_t i = 0; i < row_bytes; i += 4) {
         uint32_t pair;
         memcpy(&pair, pairs + i, 4);
@@ -361,25 +357,27 @@ LK_INLINE void edge_product(const lk_job *job, const lk_dtype dtype, lk_product 
     a->alpha = NULL;
 }
 
-/* o of columns with the same view, over value indices [d_begin, d_end): rescale, then add P V. */
+/* o of columns with the same view, over a slice of the value indices: rescale, then add P V. */
 LK_INLINE void view_values(const lk_job *job, const lk_dtype dtype, const lk_tile *tile,
                            const lk_tile *next, const lk_view *view, int32_t c0, int32_t n_cols,
-                           int32_t d_begin, int32_t d_end) {
+                           int32_t d_begin) {
     const lk_geom *geom = job->geom;
     const int32_t group = geom->group;
     const int64_t o_stride = lk_o_stride(geom);
     const float *p = job->scratch.p + (int64_t)c0 * LK_PAGE_TOKENS;
-    const unsigned char *next_v = c0 == 0 && next->v ? next->v : tile->v;
-    float *o = job->o + c0 * o_stride;
-    lk_product a = {.x_stride = (size_t)geom->v_dim * lane_bytes(dtype),
+    const size_t slice = (size_t)d_begin * LK_PAGE_TOKENS * geom->elem_bytes;
+    const int32_t width = (int32_t)lk_min(LK_VALUE_SLICE, geom->v_dim - d_begin);
+    const unsigned char *v = tile->v + slice;
+    const unsigned char *next_v = c0 == 0 && next->v ? next->v + slice : v;
+    float *o = job->o + c0 * o_stride + d_begin;
+    lk_product a = {.x_stride = (size_t)width * lane_bytes(dtype),
                     .w_stride = LK_PAGE_TOKENS,
                     .y_init = o,
                     .alpha = job->scratch.alpha + c0,
                     .y = o,
                     .y_stride = o_stride,
                     .n_cols = n_cols,
-                    .begin = d_begin,
-                    .end = d_end};
+                    .end = width};
 
     /* Token slots to go over: [0, sink_end) and [begin, end). A live head has V of every token up to the last
      * visible one; an empty head has V of window tokens only. */
@@ -388,14 +386,14 @@ LK_INLINE void view_values(const lk_job *job, const lk_dtype dtype, const lk_til
     int32_t begin = live ? 0 : view->middle_end, sink_end = 0;
     if (!live) sink_end = end < view->middle_begin ? end : view->middle_begin;
     if (group == 1) {
-        rows_product(dtype, &a, tile, next_v, p, 0, sink_end);
-        rows_product(dtype, &a, tile, next_v, p, begin, end - begin);
+        rows_product(dtype, &a, v, next_v, p, 0, sink_end);
+        rows_product(dtype, &a, v, next_v, p, begin, end - begin);
     } else {
-        rows_product(dtype, &a, tile, next_v, p, 0, sink_end / 2);
-        if (sink_end % 2) edge_product(job, dtype, &a, tile, p, sink_end - 1, 0);
-        if (begin < end && begin % 2) edge_product(job, dtype, &a, tile, p, begin++, 1);
-        rows_product(dtype, &a, tile, next_v, p, begin / 2, end / 2 - begin / 2);
-        if (begin < end && end % 2) edge_product(job, dtype, &a, tile, p, end - 1, 2);
+        rows_product(dtype, &a, v, next_v, p, 0, sink_end / 2);
+        if (sink_end % 2) edge_product(job, dtype, &a, v, p, sink_end - 1, 0);
+        if (begin < end && begin % 2) edge_product(job, dtype, &a, v, p, begin++, 1);
+        rows_product(dtype, &a, v, next_v, p, begin / 2, end / 2 - begin / 2);
+        if (begin < end && end % 2) edge_product(job, dtype, &a, v, p, end - 1, 2);
     }
 }
 
@@ -403,14 +401,14 @@ LK_INLINE void view_values(const lk_job *job, const lk_dtype dtype, const lk_til
  * not finite would still reach it, and a query must not depend on what was sent along with it. */
 LK_INLINE void group_values(const lk_job *job, const lk_dtype dtype, const lk_tile *tile,
                             const lk_tile *next, const lk_view *view, int32_t c0, int32_t n_cols,
-                            int32_t d_begin, int32_t d_end) {
+                            int32_t d_begin) {
     const bool live = job->geom->n_kept[job->head] > 0;
     for (int32_t c = 0, n; c < n_cols; c += n) {
         n = 1;
         while (c + n < n_cols && view[c + n].visible == view[c].visible &&
                (live || view[c + n].middle_end == view[c].middle_end))
             n++;
-        view_values(job, dtype, tile, next, &view[c], c0 + c, n, d_begin, d_end);
+        view_values(job, dtype, tile, next, &view[c], c0 + c, n, d_begin);
     }
 }
 
@@ -437,7 +435,6 @@ LK_INLINE void pack_q(const lk_job *job, const lk_dtype dtype) {
 
 LK_INLINE void decode_job(const lk_job *job, const lk_dtype dtype) {
     const lk_geom *geom = job->geom;
-    const bool empty = geom->n_kept[job->head] == 0;
     int64_t end = 0, first_full = INT64_MAX;
     for (int32_t c = 0; c < job->n_cols; c++) {
         end = lk_max(end, job->end[c]);
@@ -446,9 +443,6 @@ LK_INLINE void decode_job(const lk_job *job, const lk_dtype dtype) {
     pack_q(job, dtype);
     lk_state_init(job->m, job->l, job->o, job->n_cols, lk_o_stride(geom));
 
-    /* Empty heads finish a group at once, because their edge rows are made per group. */
-    const bool whole = empty || job->n_cols <= LK_GROUP_COLUMNS;
-    const int32_t d_step = whole ? geom->v_dim : LK_VALUE_SLICE;
     lk_tile next = {NULL, NULL, NULL};
     if (job->page_begin < job->page_end) next = tile_at(job, job->page_begin, first_full, end);
     for (int64_t page = job->page_begin; page < job->page_end; page++) {
@@ -463,12 +457,11 @@ LK_INLINE void decode_job(const lk_job *job, const lk_dtype dtype) {
             active[c / LK_GROUP_COLUMNS] =
                 group_logits(job, dtype, &tile, &next, first, c, n_cols, &view[c]);
         }
-        for (int32_t d = 0; d < geom->v_dim; d += d_step) {
-            const int32_t d_end = (int32_t)lk_min(d + d_step, geom->v_dim);
+        for (int32_t d = 0; d < geom->v_dim; d += LK_VALUE_SLICE) {
             for (int32_t c = 0; c < job->n_cols; c += LK_GROUP_COLUMNS) {
                 const int32_t n_cols = (int32_t)lk_min(LK_GROUP_COLUMNS, job->n_cols - c);
                 if (active[c / LK_GROUP_COLUMNS])
-                    group_values(job, dtype, &tile, &next, &view[c], c, n_cols, d, d_end);
+                    group_values(job, dtype, &tile, &next, &view[c], c, n_cols, d);
             }
         }
     }

@@ -66,11 +66,14 @@ bool lk_poison_on(void);
  * channels of a token (K) or two tokens of a channel (V): the operand form of the BF16 dot instructions, and
  * two cheap integer operations away from f32 on older CPUs. With c, j, d the channel, token slot, value index:
  *   K block of n channels  [n/G][P][G]:    element (c, j) at ((c/G)*P + j)*G + c%G
- *   V block                [P/G][Dv][G]:   element (j, d) at ((j/G)*Dv + d)*G + j%G
+ *   V block, in slices of up to 64 value indices (w of them, the first is d0):
+ *                          [P/G][w][G]:    element (j, d) at d0*P + ((j/G)*w + d - d0)*G + j%G
+ * Slices make attention read V in the order of memory, two or more sums of 64 tokens one after the other.
  * A page holds, for each head with Dk[g] > 0, its kept K block, then its V block.
  * A twin holds, for each head, the K block of its dropped channels; for an empty head then its V block.
- * Unused slots of a page hold anything: what was there before, what a cropped token left, NaN under lk_test_poison.
- */
+ * Unused slots of a page hold anything: what was there before, what a cropped token left, NaN under lk_test_poison. */
+#define LK_VALUE_SLICE 64
+
 typedef struct lk_geom {
     lk_dtype dtype;
     int32_t n_heads, head_dim, v_dim, group;

@@ -18,7 +18,11 @@ LK_INLINE size_t k_at(int64_t c, int64_t j, int64_t group, size_t elem) {
 
 /* Byte offset of slot j, value index d. */
 LK_INLINE size_t v_at(int64_t j, int64_t d, int64_t v_dim, int64_t group, size_t elem) {
-    return (size_t)(((j / group) * v_dim + d) * group + j % group) * elem;
+    const int64_t first = d / LK_VALUE_SLICE * LK_VALUE_SLICE;
+    const int64_t width = lk_min(LK_VALUE_SLICE, v_dim - first);
+    return (size_t)(first * LK_PAGE_TOKENS + ((j / group) * width + d - first) * group +
+                    j % group) *
+           elem;
 }
 
 LK_INLINE void store_k(unsigned char *block, const lk_run *run, const int32_t *order, int32_t n,
@@ -34,16 +38,15 @@ LK_INLINE void store_k(unsigned char *block, const lk_run *run, const int32_t *o
 
 LK_INLINE void store_v(unsigned char *block, const lk_run *run, int64_t v_dim, int64_t group,
                        size_t elem) {
-    for (int64_t i = 0; i < run->n_tokens; i++) {
-        const int64_t j = run->slot + i;
-        const unsigned char *src = run->v + run->column[i] * run->v_stride * (ptrdiff_t)elem;
-        unsigned char *dst = block + v_at(j, 0, v_dim, group, elem);
-        if (group == 1) {
-            memcpy(dst, src, (size_t)v_dim * elem);
-            continue;
+    for (int64_t first = 0; first < v_dim; first += LK_VALUE_SLICE) {
+        const int64_t width = lk_min(LK_VALUE_SLICE, v_dim - first);
+        for (int64_t i = 0; i < run->n_tokens; i++) {
+            const int64_t at = run->column[i] * run->v_stride + first;
+            const unsigned char *src = run->v + at * (ptrdiff_t)elem;
+            unsigned char *dst = block + v_at(run->slot + i, first, v_dim, group, elem);
+            for (int64_t d = 0; d < width; d++)
+                copy_elem(dst + (size_t)(d * group) * elem, src + (size_t)d * elem, elem);
         }
-        for (int64_t d = 0; d < v_dim; d++)
-            copy_elem(dst + (size_t)(d * group) * elem, src + (size_t)d * elem, elem);
     }
 }
 
@@ -81,9 +84,9 @@ void lk_pack_prefetch(const lk_geom *geom, int32_t g, int64_t j, unsigned char *
     if (twin && n_dropped > 0) prefetch_k(geom, twin + geom->dropped_off[g], n_dropped, j);
     unsigned char *with_v = n_kept > 0 ? page : twin;
     if (!with_v) return;
-    const size_t row_bytes = (size_t)(geom->v_dim * geom->group) * geom->elem_bytes;
-    unsigned char *v = with_v + geom->v_off[g] + (size_t)(j / geom->group) * row_bytes;
-    for (size_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(v + at, 1);
+    unsigned char *v = with_v + geom->v_off[g];
+    for (int64_t d = 0; d < geom->v_dim; d += 64 / (int64_t)geom->elem_bytes / geom->group)
+        __builtin_prefetch(v + v_at(j, d, geom->v_dim, geom->group, geom->elem_bytes), 1);
 }
 
 LK_INLINE void load_k(const unsigned char *block, const int32_t *order, int32_t n, int32_t head_dim,
