@@ -156,8 +156,11 @@ static void pack_row_head(const lk_cache *cache, const lk_span *span, const row_
         run.n_tokens = lk_min(plan->n_new - done, LK_PAGE_TOKENS - run.slot);
         run.column = plan->column + done;
         unsigned char *twin = twin_wanted(cache->geom, plan, i) ? row->twin[i]->data : NULL;
-        if (run.n_tokens == 1 && g + 1 < cache->geom->n_heads)
-            lk_pack_prefetch(cache->geom, g + 1, run.slot, row->page[i]->data, twin);
+        if (run.n_tokens == 1) {
+            if (g == 0) lk_pack_prefetch(cache->geom, 0, run.slot, row->page[i]->data, twin);
+            if (g + 1 < cache->geom->n_heads)
+                lk_pack_prefetch(cache->geom, g + 1, run.slot, row->page[i]->data, twin);
+        }
         lk_pack_store(cache->geom, g, &run, row->page[i]->data, twin);
     }
 }

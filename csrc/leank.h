@@ -206,6 +206,12 @@ lk_status lk_decode(const lk_decode_args *args);
  * args->n_columns is span->n_columns. */
 lk_status lk_attend(lk_cache *cache, const lk_span *span, const lk_decode_args *args);
 
+/* ----------------------------------------------------------------------------------- threads (threads.c) */
+
+/* From now on forked children use one thread, since OpenMP's workers do not live on in them. The first call that uses
+ * threads does this by itself; call it earlier if others in the process use OpenMP before. */
+void lk_watch_forks(void);
+
 /* ------------------------------------------------------------------------------ test hooks (alloc.c) */
 
 /* Let the n-th allocation from now fail (1 = the next one); 0 switches this off. */

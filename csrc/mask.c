@@ -51,7 +51,6 @@ lk_status lk_mask_select(const float *scores, int64_t n_heads, int64_t head_dim,
     LK_CHECK(ratio >= 0.0 && ratio <= 1.0, LK_E_VALUE); /* false for NaN too */
     size_t n = 0;
     LK_CHECK(lk_mul((size_t)n_heads, (size_t)head_dim, &n), LK_E_SHAPE);
-    for (size_t i = 0; i < n; i++) LK_CHECK(isfinite(scores[i]), LK_E_VALUE);
 
     const int64_t blocks_per_head = head_dim / align;
     const int64_t n_blocks = n_heads * blocks_per_head;
@@ -64,10 +63,19 @@ lk_status lk_mask_select(const float *scores, int64_t n_heads, int64_t head_dim,
         lk_dealloc(block);
         return LK_E_NOMEM;
     }
+    /* Each score is read once, so that what was checked is what is sorted. */
+    bool finite = true;
+    for (size_t i = 0; i < n; i++) {
+        channel[i] = (ranked){.score = scores[i], .index = (int64_t)i % head_dim};
+        finite = finite && isfinite(channel[i].score);
+    }
+    if (!finite) {
+        lk_dealloc(channel);
+        lk_dealloc(block);
+        return LK_E_VALUE;
+    }
     for (int64_t g = 0; g < n_heads; g++) {
         ranked *mine = channel + g * head_dim;
-        for (int64_t c = 0; c < head_dim; c++)
-            mine[c] = (ranked){.score = scores[g * head_dim + c], .index = c};
         qsort(mine, (size_t)head_dim, sizeof *mine, compare_ranked);
         for (int64_t i = 0; i < blocks_per_head; i++) {
             double sum = 0.0;

@@ -194,16 +194,31 @@ static PyObject *layer_cache_reset(PyObject *object, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+/* The caller's numbers as they are now: other threads and processes may write to the array while we use it. */
+static int64_t *copy_numbers(const int64_t *numbers, npy_intp n) {
+    int64_t *copy = PyMem_New(int64_t, n > 0 ? n : 1);
+    if (!copy) PyErr_NoMemory();
+    else if (n > 0) memcpy(copy, numbers, (size_t)n * sizeof *copy);
+    return copy;
+}
+
 static PyObject *layer_cache_select(PyObject *object, PyObject *arg) {
     py_layer_cache *self = (py_layer_cache *)object;
-    const int64_t *rows = py_check_contiguous(arg, "rows", NPY_INT64, 1, (int64_t[]){PY_ANY});
-    if (!rows) return NULL;
+    const int64_t *array = py_check_contiguous(arg, "rows", NPY_INT64, 1, (int64_t[]){PY_ANY});
+    if (!array) return NULL;
     const npy_intp n_rows = PyArray_DIM((PyArrayObject *)arg, 0);
-    if (!py_claim(self)) return NULL;
+    int64_t *rows = copy_numbers(array, n_rows);
+    if (!rows || !py_claim(self)) {
+        PyMem_Free(rows);
+        return NULL;
+    }
     const long long now = lk_cache_n_rows(self->cache);
-    /* With the GIL: nobody may change the array between its check and its use. */
-    const lk_status status = lk_cache_select(self->cache, rows, n_rows);
+    lk_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = lk_cache_select(self->cache, rows, n_rows);
+    Py_END_ALLOW_THREADS
     py_unclaim(self);
+    PyMem_Free(rows);
     if (status == LK_E_SHAPE)
         return PyErr_Format(PyExc_ValueError, "rows: expected at least one row, got %zd", n_rows);
     if (status == LK_E_VALUE)
@@ -369,14 +384,22 @@ PyObject *py_predict_memory(PyObject *module, PyObject *args, PyObject *kwargs) 
     int64_t max_tokens;
     if (!py_parse_config(keep, dtype, v_dim, sink, recent, slack, &config)) return NULL;
     if (!py_parse_limit(max_tokens_arg, "max_tokens", &max_tokens)) return NULL;
-    const int64_t *lengths =
-        py_check_contiguous(lengths_arg, "lengths", NPY_INT64, 1, (int64_t[]){PY_ANY});
-    if (!lengths) return NULL;
     if (!py_check_least(max_call, 1, "max_call")) return NULL;
+    const int64_t *array =
+        py_check_contiguous(lengths_arg, "lengths", NPY_INT64, 1, (int64_t[]){PY_ANY});
+    if (!array) return NULL;
+    const npy_intp n_rows = PyArray_DIM((PyArrayObject *)lengths_arg, 0);
     lk_memory memory;
-    const lk_status status =
-        lk_predict_memory(&config, lengths, PyArray_DIM((PyArrayObject *)lengths_arg, 0),
-                          max_tokens, max_call, &memory);
+    lk_status status = LK_E_NOMEM;
+    int64_t *lengths = copy_numbers(array, n_rows);
+    uint8_t *own_keep = copy_keep(&config);
+    if (lengths && own_keep) {
+        config.keep = own_keep;
+        status = lk_predict_memory(&config, lengths, n_rows, max_tokens, max_call, &memory);
+    }
+    PyMem_Free(lengths);
+    PyMem_Free(own_keep);
+    if (PyErr_Occurred()) return NULL;
     if (status == LK_E_VALUE)
         return PyErr_Format(PyExc_ValueError,
                             "lengths: expected 0 or more and less than 2**60 tokens, got %R",

@@ -58,7 +58,8 @@ PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (scale_arg != Py_None) {
         scale = PyFloat_AsDouble(scale_arg);
         if (scale == -1.0 && PyErr_Occurred()) return NULL;
-        if (!isfinite((float)scale))
+        /* Logits are in base 2 inside, so it is multiplied by log2(e), in float32. */
+        if (!isfinite((float)(scale * 1.4426950408889634)))
             return PyErr_Format(PyExc_ValueError, "scale: expected a finite number, got %R",
                                 scale_arg);
     }

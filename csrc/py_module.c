@@ -114,6 +114,7 @@ static PyMethodDef methods[] = {
 static int module_exec(PyObject *module) {
     py_state *state = PyModule_GetState(module);
     if (PyArray_ImportNumPyAPI() < 0) return -1;
+    lk_watch_forks();
     state->layer_cache_type =
         (PyTypeObject *)PyType_FromModuleAndSpec(module, &py_layer_cache_spec, NULL);
     if (!state->layer_cache_type) return -1;

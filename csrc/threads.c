@@ -9,11 +9,15 @@
 /* After fork a child has no worker threads, and OpenMP runtimes wait for them for ever: it goes on alone. */
 static atomic_bool forked;
 static void in_child(void) { atomic_store(&forked, true); }
-static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, in_child); }
+static void watch(void) { (void)pthread_atfork(NULL, NULL, in_child); }
+
+void lk_watch_forks(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    (void)pthread_once(&once, watch);
+}
 
 int lk_thread_count(int wanted) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    (void)pthread_once(&once, watch_forks);
+    lk_watch_forks();
 #ifdef _OPENMP
     if (atomic_load_explicit(&forked, memory_order_relaxed)) return 1;
     /* An OpenMP runtime ends the process when it cannot make the threads it was asked for. */

@@ -87,6 +87,8 @@ REFUSED = [
     (TypeError, r"valid: expected dtype bool, got int64", {"valid": np.ones((2, 2), int)}),
     (ValueError, r"scale: expected a finite number, got nan", {"scale": float("nan")}),
     (ValueError, r"scale: expected a finite number, got inf", {"scale": float("inf")}),
+    (ValueError, r"scale: expected", {"scale": 3e38}),
+    (ValueError, r"scale: expected", {"scale": -3e38}),
     (TypeError, r"real number", {"scale": "1"}),
     (TypeError, r"k, v: expected both or neither, got one", {"v": None}),
     (TypeError, r"valid: expected only .* k and v", {"k": None, "v": None, "valid": OUT}),
@@ -123,6 +125,51 @@ def test_large_scale_does_not_become_infinite(cache):
     """A float64 that is finite but no float32 is refused, not turned into infinity."""
     with pytest.raises(ValueError, match="scale: expected"):
         decode(cache, **good(), scale=1e300)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_out_may_not_share_memory_with_inputs(cache, name):
+    """Inputs are read while out is written: one element in common is too much."""
+    arguments, buffer, at = good(), np.ones(2000, np.float32), 700
+    shape = arguments[name].shape
+    n_input, n_out = arguments[name].size, OUT.size
+    given = buffer[at : at + n_input].reshape(shape)
+    before = snapshot(cache)
+    for view in (given, given[::-1, ::-1, ::-1]):
+        for begin in (at, at + 1, at - n_out + 1, at + n_input - 1):
+            out = buffer[begin : begin + n_out].reshape(OUT.shape)
+            with pytest.raises(ValueError, match=f"out: expected .*, got some that {name} uses"):
+                decode(cache, **(arguments | {name: view}), out=out)
+    assert (buffer == 1).all()
+    assert snapshot(cache) == before
+    expected = decode(cache.copy(), **arguments)
+    for begin in (at - n_out, at + n_input):
+        out = buffer[begin : begin + n_out].reshape(OUT.shape)
+        decode(cache.copy(), **(arguments | {name: given}), out=out)
+        np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_out_needs_elements_of_its_own(cache, axis):
+    before, memory = snapshot(cache), OUT.copy()
+    strides = list(memory.strides)
+    strides[axis] = 0
+    out = np.lib.stride_tricks.as_strided(memory, OUT.shape, strides)
+    with pytest.raises(ValueError, match=f"out: expected .*, got stride 0 on axis {axis}"):
+        decode(cache, **good(), out=out)
+    assert not memory.any()
+    assert snapshot(cache) == before
+
+
+def test_integers_of_either_name(cache):
+    """NumPy has two types of 64-bit integers, and which one is int64 depends on the platform."""
+    for dtype in (np.longlong, np.int64, np.int_):
+        copy = cache.copy()
+        copy.select(np.array([1, 0, 1], dtype))
+        assert copy.n_rows == 3
+        window = {"sink": cache.sink, "recent": cache.recent}
+        predicted = _C.predict_memory(cache.keep, np.array([90, 90], dtype), v_dim=DV, **window)
+        assert predicted["total_bytes"] == cache.memory()["total_bytes"]
 
 
 def test_half_dtypes_do_not_mix(rng):
@@ -237,16 +284,18 @@ def test_the_gil_is_released(rng):
     shape = (1, 4, 3000, 128)
     k, v = draw(rng, "float32", *shape), draw(rng, "float32", *shape)
     q = draw(rng, "float32", 1, 8, 3000, 128)
+    refused = dict.fromkeys(["n_rows", "n_columns", "lengths", "prompt_lengths", "lo", "real"], 0)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(decode, cache, q, k, v)
-        refused = 0
         while not running.done():
-            try:
-                cache.memory()
-            except RuntimeError:
-                refused += 1
+            for name in refused:
+                try:
+                    getattr(cache, name)
+                except RuntimeError as error:
+                    assert "cache: in use by another thread" in str(error)
+                    refused[name] += 1
         running.result()
-    assert refused > 0
+    assert all(refused.values()), refused
     assert cache.memory()["n_pages"] == 47
 
 

@@ -228,6 +228,44 @@ def test_slabs_stay_close_after_a_prompt_that_was_whole(rng, chunk):
     assert_slabs_small(cache)
 
 
+def assert_covered(cache):
+    memory = cache.memory()
+    assert memory["total_bytes"] == memory["k_bytes"] + memory["v_bytes"] <= memory["slab_bytes"]
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_tokens": 700, "max_call": 40}])
+def test_slabs_cover_what_lives_and_go_back(rng, limits):
+    """Their 1% is for rows that grow; padding on the right, crops and lost rows may leave more."""
+    cache = make(rng, 3, **limits)
+    empty = cache.memory()
+    zeros = np.zeros(3, np.int64)
+    assert empty == _C.predict_memory(cache.keep, zeros, **WINDOW, **limits)
+    for _ in range(2):
+        cache.expect_prompt(500)
+        valid = ~left_padded([0, 350, 499], 500)
+        for begin in range(0, 500, 125):
+            part = np.ascontiguousarray(valid[:, begin : begin + 125])
+            k, v = span(rng, cache, 125)
+            decode(cache, draw(rng, "float32", 3, 4, 125, 40), k, v, valid=part)
+            assert_covered(cache)
+        assert cache.lengths.tolist() == cache.prompt_lengths.tolist() == [500, 150, 1]
+        for _ in range(3):
+            feed(rng, cache, (40, 1, 0))
+            assert_covered(cache)
+        cache.crop(130)
+        assert_covered(cache)
+        feed(rng, cache, (1, 1, 1))
+        cache.select(np.array([2]))
+        assert_covered(cache)
+        feed(rng, cache, (30,))
+        assert_covered(cache)
+        cache.select(zeros)
+        feed(rng, cache, (2, 1, 0))
+        assert_covered(cache)
+        cache.reset()
+        assert cache.memory() == empty
+
+
 def test_memory_of_reserved_rows(rng):
     limits = {"max_tokens": 1000, "max_call": 3}
     cache = make(rng, 2, **limits)

@@ -137,6 +137,42 @@ def test_allocation_failure_in_reserved(rng):
     every_failure(cache, lambda cache: cache.select(np.array([0, 0, 1])))
 
 
+def allocations_of(call):
+    """Count them by letting each fail, until none does and the call succeeds."""
+    for n in range(1, 100):
+        _C._fail_allocation(n)
+        try:
+            call()
+        except MemoryError:
+            continue
+        finally:
+            _C._fail_allocation(0)
+        return n - 1
+    raise AssertionError("the call never succeeds")
+
+
+@pytest.mark.parametrize("widths", [(0, 8, 24, 40), (8, 16)])
+def test_steps_of_a_reserved_cache_take_no_slabs(rng, widths):
+    """Every step allocates what a step within a page does: room to work in, no pages or twins.
+
+    An empty head splits its work, for one allocation more; a slab would be two.
+    """
+    cache = make(rng, 2, widths=widths, max_tokens=800, max_call=130)
+    # The table of columns grows by allocations of its own, and stays as it is through a reset.
+    feed(rng, cache, (800, 800))
+    cache.reset()
+    feed(rng, cache, (40, 3))
+    before = cache.memory()
+    counts = {}
+    for T in (1, 30, 130, 1, 63, 64, 65, 2, 130, 26, 100):
+        k, v = span(rng, cache, T)
+        q = draw(rng, "float32", 2, len(widths), T, 40)
+        n = allocations_of(lambda q=q, k=k, v=v: decode(cache, q, k, v))
+        counts[f"{T} tokens after {cache.n_columns - T}"] = n
+        assert cache.memory() == before
+    assert max(counts.values()) <= min(counts.values()) + 1, counts
+
+
 @pytest.mark.parametrize("options", [{}, {"max_tokens": 300}])
 def test_allocation_failure_in_create(rng, options):
     for n in range(1, 50):
@@ -197,6 +233,16 @@ def test_a_failed_first_call_does_not_forget_the_announcement(rng):
         ({"v_dim": 520}, ValueError, r"v_dim: expected .*512.*, got 520"),
         ({"max_tokens": 0}, ValueError, r"max_tokens: expected at least 1 .*, got 0"),
         ({"max_tokens": 9, "max_call": 0}, ValueError, r"max_call: expected at least 1 .*, got 0"),
+        (
+            {"max_tokens": 2**60},
+            ValueError,
+            r"max_tokens: expected .*2\*\*60, got 1152921504606846976",
+        ),
+        (
+            {"max_tokens": 9, "max_call": 2**60},
+            ValueError,
+            r"max_call: expected .*2\*\*60, got 1152921504606846976",
+        ),
         ({"max_tokens": "9"}, TypeError, r"integer"),
         ({"keep": np.ones((2, 12), bool)}, ValueError, r"keep: expected .*8.*, got 12"),
         ({"keep": np.ones((0, 16), bool)}, ValueError, r"keep: expected 1 to \d+ heads, got 0"),
@@ -223,7 +269,8 @@ def test_predict_refuses_lengths():
         (TypeError, r"lengths: expected dtype int64, got int32", np.zeros(1, np.int32)),
         (TypeError, r"lengths: expected a NumPy array, got list", [1]),
         (ValueError, r"lengths: expected \(any,\), got \(1, 1\)", np.zeros((1, 1), np.int64)),
-        (ValueError, r"lengths", np.array([-1])),
+        (ValueError, r"lengths: expected 0 or more .*, got array\(\[-1\]\)", np.array([-1])),
+        (ValueError, r"lengths: expected .* less than 2\*\*60 .*, got", np.array([1, 2**60])),
     ]:
         with pytest.raises(error, match=message):
             _C.predict_memory(keep, lengths, sink=4, recent=4)

@@ -317,6 +317,42 @@ static void test_errors(const lk_config *config) {
     for (int i = 0; i <= LK_E_ISA; i++) CHECK(strlen(lk_status_text((lk_status)i)) > 0);
 }
 
+/* After a put that was not settled nothing else may be added, and the cache may still be freed. */
+static void test_unsettled(const lk_config *config) {
+    lk_cache *cache, *copy;
+    CHECK_OK(lk_cache_create(config, 1, &cache));
+    lk_span span = random_span(config, 1, 3, NULL);
+    void *o = random_array(config->dtype, 3 * 4 * config->v_dim);
+    void *q = random_array(config->dtype, 3 * 4 * config->head_dim);
+    for (int i = 0; i < 2; i++) { /* into a page of its own, and into one that is shared */
+        CHECK_OK(lk_cache_put(cache, &span));
+        const lk_decode_args args = {
+            .cache = cache,
+            .q = q,
+            .q_stride = {0, 3 * config->head_dim, config->head_dim},
+            .o = o,
+            .o_stride = {0, 3 * config->v_dim, config->v_dim},
+            .n_q_heads = 4,
+            .n_columns = 3,
+            .scale = 1,
+        };
+        CHECK(lk_cache_put(cache, &span) == LK_E_STATE);
+        CHECK(lk_cache_append(cache, &span) == LK_E_STATE);
+        CHECK(lk_attend(cache, &span, &args) == LK_E_STATE);
+        CHECK(lk_cache_n_columns(cache) == 3 * i + 3 && lk_cache_length(cache, 0) == 3 * i + 3);
+        if (i == 1) break;
+        lk_cache_settle(cache);
+        CHECK_OK(lk_cache_copy(cache, &copy));
+    }
+    lk_cache_free(cache);
+    CHECK_OK(lk_cache_append(copy, &span)); /* the page is its own again */
+    CHECK(lk_cache_memory(copy).n_pages == 1);
+    CHECK_OK(lk_cache_crop(copy, 0));
+    CHECK(lk_cache_memory(copy).slab_bytes == 0);
+    lk_cache_free(copy);
+    free_span(&span), free(o), free(q);
+}
+
 /* ------------------------------------------------------------------------------------------ vectors */
 
 static void read_into(FILE *file, void *data, size_t bytes) {
@@ -442,6 +478,7 @@ int main(int argc, char **argv) {
         test_memory(&config);
         test_failing_allocations(&config);
         test_errors(&config);
+        test_unsettled(&config);
     }
     const char *name;
     int available;

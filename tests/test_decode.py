@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from leank import _C, LayerCache, decode
 
-from .compare import assert_within_budget, encode, truth_and_plain
+from .compare import assert_within_budget, bits, encode, truth_and_plain
 from .compare import decode as widen
 from .conftest import AVAILABLE, DTYPES, draw, left_padded, random_keep
-from .reference import History
+from .reference import History, is_window
 
 # A case: sizes, window, and steps. A step is ("append" or "decode", tokens of each row), columns
 # padded on the left; ("crop", columns); ("select", rows); ("copy",) keeps a copy alive from there
@@ -390,6 +390,36 @@ def test_nan_stays_where_it_belongs(rng, dtype, isa):
     assert o[1, 4:6].all()
     o[1, 4:6] = False
     assert not o.any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("which", ["k", "v"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_of_a_call_do_not_see_each_others_tokens(rng, dtype, which, bad, isa):
+    """NaN and infinities reach the queries that attend to their token, and no others."""
+    window = {"sink": 10, "recent": 8, "slack": 5}
+    sizes = [(0, 17, 1), (63, 17, 3), (200, 17, 4), (90, 33, 2), (127, 2, 1), (300, 5, 2)]
+    for n_stored, T, R in sizes:
+        cache = LayerCache(random_keep(rng, 64, (0, 8, 64)), n_rows=1, dtype=dtype, **window)
+        cache.append(*(draw(rng, dtype, 1, 3, n_stored, 64) for _ in "kv"))
+        rule = {"sink": 10, "recent": 8, "lo": cache.lo[0], "n0": n_stored or T}
+        q = draw(rng, dtype, 1, 3 * R, T, 64)
+        new = {x: draw(rng, dtype, 1, 3, T, 64) for x in "kv"}
+        clean = decode(cache.copy(), q, **new)[0]
+        for j in {0, 1, T // 2, T - 1}:
+            dirty = new | {which: new[which].copy()}
+            dirty[which][:, :, j, 5 if which == "v" else slice(None)] = encode(bad, dtype)
+            o = decode(cache.copy(), q, **dirty)[0]
+            seen = np.repeat([np.arange(T) >= j] * 3, R, axis=0)
+            for t in range(j, T):  # the empty head
+                seen[:R, t] = is_window(n_stored + t, n_stored + j, **rule)
+            label = f"{n_stored} tokens, T {T}, R {R}, bad {j}"
+            np.testing.assert_array_equal(bits(o[~seen]), bits(clean[~seen]), err_msg=label)
+            finite = np.isfinite(widen(o[seen], dtype))
+            if which == "v":
+                assert finite.sum() == 63 * len(finite) and not finite[:, 5].any(), label
+            elif np.isnan(bad):
+                assert not finite.any(), label
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
