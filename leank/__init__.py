@@ -5,6 +5,7 @@ PyTorch and transformers is imported when it is first used.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from leank import _C
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_NEEDS_TORCH = {
+    "LeanKCache": "leank.cache",
+    "make_cache": "leank._patch",
+    "patch": "leank._patch",
+    "unpatch": "leank._patch",
+}
+_MISSING = [name for name in ("torch", "transformers") if find_spec(name) is None]
+
 __all__ = [
     "ChannelMask",
     "LayerCache",
@@ -28,30 +37,22 @@ __all__ = [
     "patch",
     "unpatch",
 ]
-
-_NEEDS_TORCH = {
-    "LeanKCache": "leank.cache",
-    "make_cache": "leank._patch",
-    "patch": "leank._patch",
-    "unpatch": "leank._patch",
-}
+if _MISSING:  # `from leank import *` and help(leank) ask for every name
+    __all__ = [name for name in __all__ if name not in _NEEDS_TORCH]
 
 
 def __getattr__(name: str) -> object:
     if name not in _NEEDS_TORCH:
         raise AttributeError(f"module 'leank' has no attribute {name!r}")
-    try:
-        return getattr(import_module(_NEEDS_TORCH[name]), name)
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        raise ImportError(
-            f"leank.{name} needs {error.name}: pip install 'leank[hf]'", name=error.name
-        ) from error
+    if _MISSING:
+        raise AttributeError(
+            f"leank.{name} needs {' and '.join(_MISSING)}: pip install 'leank[hf]'", name=name
+        )
+    return getattr(import_module(_NEEDS_TORCH[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NEEDS_TORCH])
+    return sorted({*globals(), *__all__})
 
 
 def capabilities() -> dict[str, object]:

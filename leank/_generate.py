@@ -38,6 +38,7 @@ class _Call:
 
     def __init__(self) -> None:
         self.prepared = False
+        self.dense = ""  # why the answer is dense
         self.cache: LeanKCache | None = None
         self.n_columns = 0  # in the cache before the call
 
@@ -62,6 +63,13 @@ def _generate(self, *args, **kwargs):
             f"generate: transformers {transformers.__version__} did not {missed}, so the answer "
             "would be a dense one; leank.unpatch(model) to get it"
         )
+    if call.dense:
+        # From here, so that the line that is named is the user's.
+        warnings.warn(
+            f"generate() on a model patched by LeanK ran dense, without pruning: {call.dense}",
+            UserWarning,
+            stacklevel=2,
+        )
     return result
 
 
@@ -72,14 +80,16 @@ def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args
     handle = patch_of(self)
     given = model_kwargs.get("past_key_values")
     if given is not None and not isinstance(given, LeanKCache):
-        _warn_dense(f"past_key_values is a {type(given).__name__}, not a LeanKCache")
+        call.dense = f"past_key_values is a {type(given).__name__}, not a LeanKCache"
     elif given is None and generation_config.use_cache is False:
-        _warn_dense("use_cache is False")
+        call.dense = "use_cache is False"
     else:
         _refuse(generation_config, generation_mode)
         if given is None:
             model_kwargs["past_key_values"] = call.cache = handle.make_cache()
             return None
+        if generation_config.use_cache is False:
+            raise ValueError("use_cache: expected True with a LeanKCache, got False")
         handle.check_cache(given)
         call.cache, call.n_columns = given, given.get_seq_length()
     return type(self)._prepare_cache_for_generation(
@@ -90,10 +100,19 @@ def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args
 def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
     """Announce the prompt, which is known here before it is cut into chunks."""
     cache = model_kwargs.get("past_key_values")
-    dense = patch_of(self).prefill == "dense"
-    if dense and isinstance(cache, LeanKCache) and cache.get_seq_length() == 0:
+    if isinstance(cache, LeanKCache) and cache.get_seq_length() == 0:
         prompt = model_kwargs.get("inputs_embeds")
-        cache.expect_prompt((input_ids if prompt is None else prompt).shape[1])
+        n_columns = (input_ids if prompt is None else prompt).shape[1]
+        if n_columns == 0:
+            raise ValueError("generate: expected a prompt of at least one token, got none")
+        if patch_of(self).prefill == "dense":
+            announced = cache.layers[0].prompt_columns
+            if announced not in (None, n_columns):
+                raise ValueError(
+                    f"generate: expected a prompt of {announced} columns, as announced by "
+                    f"cache.expect_prompt, got {n_columns}; cache.reset() forgets the announcement"
+                )
+            cache.expect_prompt(n_columns)
     return type(self)._prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
@@ -125,15 +144,12 @@ def _refuse(generation_config, generation_mode) -> None:
         raise NotImplementedError(
             f"cache_implementation: expected None on a patched model, got {kind!r}"
         )
+    if generation_config.guidance_scale not in (None, 1):
+        raise NotImplementedError(
+            "guidance_scale: expected None or 1 on a patched model, whose second, unconditional "
+            f"cache would not be pruned, got {generation_config.guidance_scale}"
+        )
     if generation_config.output_attentions:
         raise NotImplementedError(
             "output_attentions: expected False on a patched model, which never forms the weights"
         )
-
-
-def _warn_dense(reason: str) -> None:
-    warnings.warn(
-        f"generate() on a model patched by LeanK runs dense, without pruning: {reason}",
-        UserWarning,
-        stacklevel=5,
-    )

@@ -7,11 +7,13 @@ implementation in its config, one instance attribute for each method in ``REPLAC
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import types
 from typing import Literal
 
+import numpy as np
 import transformers
 from torch import nn
 
@@ -51,8 +53,29 @@ class Patch:
         if self.model.__dict__.get(HANDLE) is self:
             self._undo()
 
+    def __deepcopy__(self, memo: dict) -> Patch:
+        """Copy along with a copy of the model."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for name, value in self.__dict__.items():
+            new.__dict__[name] = copy.deepcopy(value, memo)
+        return new
+
+    def __reduce_ex__(self, protocol: int):
+        """Fail: where it is read, nothing would have registered the attention."""
+        raise TypeError(
+            "a patched model cannot be pickled: call leank.unpatch(model) before pickling"
+        )
+
     def make_cache(self) -> LeanKCache:
         """Return an empty cache with the patch's mask and window."""
+        if self.model.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+        ):
+            raise ValueError(
+                "model: expected no gradient checkpointing in training mode, in which transformers "
+                "drops every cache; call model.eval() first"
+            )
         return LeanKCache(self.mask, **self.window)
 
     def _apply(self) -> None:
@@ -79,15 +102,18 @@ class Patch:
     def check_cache(self, cache: LeanKCache) -> None:
         """Require that a user's cache prunes as this patch does."""
         own = self.make_cache()
-        same = len(own) == len(cache) and all(
-            a.window == b.window and (a.keep == b.keep).all()
-            for a, b in zip(own.layers, cache.layers, strict=True)
-        )
-        if not same:
-            raise ValueError(
-                "past_key_values: expected a LeanKCache with the mask and window of this patch, "
-                "got one with others"
-            )
+        if len(own) != len(cache):
+            _refuse_cache("layers", len(own), len(cache))
+        for i, (mine, given) in enumerate(zip(own.layers, cache.layers, strict=True)):
+            if mine.keep.shape != given.keep.shape:
+                _refuse_cache("mask [KV heads, head dim]", mine.keep.shape, given.keep.shape)
+            if not np.array_equal(mine.keep, given.keep):
+                head = int(np.argwhere(mine.keep != given.keep)[0, 0])
+                kept = (np.flatnonzero(layer.keep[head]).tolist() for layer in (mine, given))
+                _refuse_cache(f"kept channels of layer {i}, head {head}", *kept)
+            for name, value in mine.window.items():
+                if value != given.window[name]:
+                    _refuse_cache(name, value, given.window[name])
 
 
 def patch(
@@ -104,8 +130,8 @@ def patch(
 
     Plain forwards prune when they are given ``leank.make_cache(model)``; without a cache, and with
     any other cache, they compute what they always did, and ``generate`` then warns. Assisted
-    decoding, static, quantized and offloaded caches, attention weights as output and continuous
-    batching are refused.
+    decoding, guidance, static, quantized and offloaded caches, attention weights as output,
+    continuous batching, ``torch.compile`` and pickling are refused.
 
     Parameters
     ----------
@@ -132,7 +158,7 @@ def patch(
     Raises
     ------
     TypeError
-        The model's class was not tested, or ``mask`` is no mask.
+        The model's class was not tested, ``mask`` is no mask, or a number is not an int.
     ValueError
         The mask does not fit, the window is not known, or the model is patched already or is set up
         in a way that is not supported.
@@ -145,6 +171,11 @@ def patch(
     ...     tokens = model.generate(**inputs, max_new_tokens=64)
     """
     if isinstance(mask, (str, os.PathLike)):
+        if os.fspath(mask).endswith(".pth"):
+            raise ValueError(
+                "mask: expected a file that knows its window, got a .pth file; "
+                "use ChannelMask.from_pth(path, sink=, recent=)"
+            )
         mask = ChannelMask.load(mask)
     if not isinstance(mask, ChannelMask):
         raise TypeError(f"mask: expected a ChannelMask or a path, got {type(mask).__name__}")
@@ -205,6 +236,13 @@ def make_cache(model: nn.Module) -> LeanKCache:
         The model is not patched.
     """
     return patch_of(model).make_cache()
+
+
+def _refuse_cache(what: str, expected: object, got: object) -> None:
+    raise ValueError(
+        f"past_key_values: expected a LeanKCache as leank.make_cache(model) makes it: "
+        f"{what}: expected {expected}, got {got}"
+    )
 
 
 def _check_free(model: nn.Module) -> None:

@@ -128,6 +128,8 @@ def _refuse(module, query: torch.Tensor, tokens: NewTokens, args: tuple, kwargs:
         raise ValueError(
             "output_attentions: expected False with a LeanKCache, which never forms the weights"
         )
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache: expected True with a LeanKCache, got False")
     if kwargs.get("dropout"):
         raise ValueError(
             f"dropout: expected 0 with a LeanKCache, got {kwargs['dropout']}; call model.eval()"
@@ -171,7 +173,8 @@ def _read_mask(
             )
         return None
     shape = (n_rows, 1, n_new, n_past + n_new)
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or tuple(mask.shape)[1:] != shape[1:]:
+    fits = isinstance(mask, torch.Tensor) and tuple(mask.shape) in (shape, (1, *shape[1:]))
+    if not fits:
         got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: expected {shape}, the same for all heads, got {got}")
     allowed = _allowed(mask).expand(n_rows, 1, n_new, n_past + n_new)[:, 0]

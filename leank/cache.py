@@ -39,6 +39,8 @@ class LeanKCache(Cache):
 
     Raises
     ------
+    TypeError
+        ``mask`` is no ChannelMask, or a number is not an int.
     ValueError
         The mask knows no window and none is given, or a number is out of range.
 
@@ -57,6 +59,8 @@ class LeanKCache(Cache):
         recent: int | None = None,
         slack: int = 64,
     ) -> None:
+        if not isinstance(mask, ChannelMask):
+            raise TypeError(f"mask: expected a ChannelMask, got {type(mask).__name__}")
         window = resolve_window(mask, sink, recent, slack)
         super().__init__(layers=[LeanKLayer(keep, **window) for keep in mask.keep])
         self.columns = None  # what leank.attention read from this forward's mask
@@ -70,13 +74,20 @@ class LeanKCache(Cache):
         **kwargs,
     ) -> tuple[NewTokens, NewTokens]:
         """Hand new K and V to the attention function; returns the same handle twice."""
+        if torch.compiler.is_compiling():
+            _refuse_compiling()
         if layer_idx == 0:
             self.columns = None
-            lengths = {layer.get_seq_length() for layer in self.layers}
+            lengths = self._lengths()
             if len(lengths) > 1:
+                remedy = (
+                    "cache.crop(0) goes back to the last one that did"
+                    if self._can_undo()
+                    else "cache.reset() and feed everything again"
+                )
                 raise RuntimeError(
-                    f"LeanKCache: layers hold {sorted(lengths)} columns because an earlier forward "
-                    "did not finish; cache.crop(0) goes back to the last one that did"
+                    f"LeanKCache: layers hold {lengths} columns because an earlier forward "
+                    f"did not finish; {remedy}"
                 )
         layer = self.layers[layer_idx]
         tokens = NewTokens(self, layer, *layer.update(key_states, value_states))
@@ -87,7 +98,8 @@ class LeanKCache(Cache):
         Announce that the first columns are the prompt, however many calls bring them.
 
         The prompt attends densely. Without this a row's prompt is its first call that has a token
-        of it. ``generate`` announces its prompt by itself.
+        of it. ``generate`` announces its prompt by itself, and raises if another length was
+        announced; ``reset`` forgets it.
 
         Parameters
         ----------
@@ -96,19 +108,24 @@ class LeanKCache(Cache):
 
         Raises
         ------
+        TypeError
+            ``n_columns`` is not an int.
         ValueError
             The cache has columns already, or ``n_columns`` is not positive.
         """
+        n_columns = checked_int("n_columns", n_columns, 1)
         if self.get_seq_length():
             raise ValueError(f"cache: expected no column yet, got {self.get_seq_length()}")
-        if n_columns < 1:
-            raise ValueError(f"n_columns: expected at least 1, got {n_columns}")
         for layer in self.layers:
-            layer.prompt_columns = int(n_columns)
+            layer.prompt_columns = n_columns
 
     def crop(self, tokens_to_remove: int) -> None:
         """
         Remove the last columns.
+
+        Up to ``slack`` columns, what follows is as if they had never been. Beyond ``slack`` the
+        window's dropped channels are not restored: a token that was left behind by the window stays
+        pruned when the window comes back to it.
 
         After a forward that stopped half way, all layers first go back to what they share.
 
@@ -121,11 +138,42 @@ class LeanKCache(Cache):
         ------
         ValueError
             The number is positive.
+        RuntimeError
+            A forward stopped half way, and layers that it reached have dropped what the others
+            still hold; the cache stays as it is, for ``reset``.
         """
-        shared = min(layer.get_seq_length() for layer in self.layers)
-        n_columns = cropped(shared, tokens_to_remove)
+        lengths = self._lengths()
+        n_columns = cropped(lengths[0], tokens_to_remove)
+        if len(lengths) > 1 and not self._can_undo():
+            raise RuntimeError(
+                f"LeanKCache: layers hold {lengths} columns because a forward did not finish, and "
+                "the layers that did have dropped channels of older tokens; cache.reset() and feed "
+                "everything again"
+            )
+        # An empty cache stays announced, also if it is empty since its first call did not finish.
+        announced = self.layers[0].prompt_columns if lengths[0] == 0 else None
         for layer in self.layers:
             layer.crop_to(n_columns)
+            layer.prompt_columns = layer.prompt_columns or announced
+
+    def _lengths(self) -> list[int]:
+        """Return the numbers of columns that layers hold: one, unless a forward stopped."""
+        return sorted({layer.get_seq_length() for layer in self.layers})
+
+    def _can_undo(self) -> bool:
+        """Whether layers that are ahead lose nothing but columns when they go back to the others.
+
+        A call of at most `slack` columns frees no channel that is needed without it; the call that
+        completes a prompt may, since until then the whole prompt was kept.
+        """
+        lengths = self._lengths()
+        if lengths[0] == 0:
+            return True  # all layers begin again
+        first = self.layers[0].store
+        return lengths[-1] - lengths[0] <= first.slack and all(
+            np.array_equal(layer.store.prompt_lengths, first.prompt_lengths)
+            for layer in self.layers
+        )
 
     def memory(self) -> dict[str, int]:
         """
@@ -168,6 +216,16 @@ class LeanKCache(Cache):
         raise TypeError("LeanKCache cannot be pickled; copy.deepcopy works")
 
 
+# The decorator runs it while a graph is traced: an error in traced code would only end the graph,
+# and the code after it would be traced again, without the check.
+@torch.compiler.assume_constant_result
+def _refuse_compiling() -> None:
+    raise RuntimeError(
+        "torch.compile: not supported with a LeanKCache, which lives outside of torch; "
+        "call the model that is not compiled"
+    )
+
+
 def resolve_window(
     mask: ChannelMask, sink: int | None, recent: int | None, slack: int
 ) -> dict[str, int]:
@@ -183,10 +241,17 @@ def resolve_window(
             raise ValueError(
                 f"{name}: expected a number because the mask does not know its window, got None"
             )
-        if not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
-        window[name] = int(value)
+        window[name] = checked_int(name, value, least)
     return window
+
+
+def checked_int(name: str, value: object, least: int) -> int:
+    """Return an int of Python or NumPy as one of Python; a bool is a slip of the caller."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected an int of at least {least}, got {value}")
+    return int(value)
 
 
 def patch_of(model: nn.Module) -> Patch:

@@ -97,6 +97,11 @@ class LeanKLayer(CacheLayerMixin):
                 raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
             if DTYPES.get(tensor.dtype) not in dtypes:
                 raise ValueError(f"{name}: expected {' or '.join(dtypes)}, got {tensor.dtype}")
+        if value_states.dtype != key_states.dtype:  # under autocast, where only K is rotated
+            raise ValueError(
+                f"v: expected {key_states.dtype} as K has, got {value_states.dtype}; "
+                "load the model in one dtype instead of using autocast"
+            )
         return key_states, value_states
 
     def get_seq_length(self) -> int:

@@ -1,4 +1,4 @@
-"""The command ``leank``."""
+"""What the command ``leank`` understands; ``leank.__main__`` runs it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import enum
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import typer
-    from rich.console import Console
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"the command leank needs {error.name}: pip install 'leank[cli]'", name=error.name
-    ) from error
+import typer
+from rich.console import Console
 
 app = typer.Typer(
     name="leank", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
 
-class DType(str, enum.Enum):
+class DType(enum.StrEnum):
     """Names of element types, as typer wants them."""
 
     float32 = "float32"
@@ -90,8 +85,3 @@ def demo(
     print_report(result, Console())
     if not as_predicted(result):
         raise typer.Exit(1)
-
-
-def main() -> None:
-    """Run the command."""
-    app()

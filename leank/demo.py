@@ -144,7 +144,8 @@ def _model(options: Options) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         dtype = getattr(torch, options.dtype)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:  # how transformers says that there is no such model
+    # How transformers says that there is no such model, or that it needs another package.
+    except (ImportError, OSError, ValueError) as error:
         raise DemoError(f"model: {options.model or _MODEL}: {_reason(error)}") from error
     return model.eval(), tokenizer
 

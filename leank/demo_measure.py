@@ -31,6 +31,7 @@ class Measured:
     dense_bytes: dict[str, int]
     pruned_bytes: dict[str, int]
     predicted_bytes: dict[str, int]
+    allocated_bytes: int  # what the pruned cache took from the allocator to hold its bytes
     dense_ms: float
     pruned_ms: float
     n_timed: int
@@ -116,13 +117,15 @@ def measure(
             tokens = torch.tensor([[best]])
     n_tokens = dense.get_seq_length()
     dtype = str(model.dtype).removeprefix("torch.")
+    memory = pruned.memory()
     return Measured(
         dense_answer=_text(tokenizer, dense_answer),
         pruned_answer=_text(tokenizer, pruned_answer),
         n_tokens=n_tokens,
         dense_bytes=_dense_bytes(dense),
-        pruned_bytes=_three(pruned.memory()),
+        pruned_bytes=_three(memory),
         predicted_bytes=_three(mask.predict_memory([n_tokens], dtype)),
+        allocated_bytes=memory["slab_bytes"],
         dense_ms=1e3 * statistics.median(times[0]),
         pruned_ms=1e3 * statistics.median(times[1]),
         n_timed=len(times[0]),

@@ -66,6 +66,8 @@ def _numbers(result: Result) -> Table:
         dense, pruned = measured.dense_bytes[key], measured.pruned_bytes[key]
         predicted = measured.predicted_bytes[key]
         table.add_row(name, f"{dense:,}", f"{pruned:,}", f"{predicted:,}", f"{pruned / dense:.1%}")
+    dense, allocated = measured.dense_bytes["total_bytes"], measured.allocated_bytes
+    table.add_row("allocated", f"{dense:,}", f"{allocated:,}", "", f"{allocated / dense:.1%}")
     table.add_section()
     table.add_row(
         "ms per token",
@@ -100,7 +102,8 @@ def _conclusions(result: Result) -> Table:
             f"{measured.n_compared} steps, both fed the dense answer."
         ),
         Text(
-            f"Bytes are those of the live buffers. Times are medians of {measured.n_timed} steps, "
+            "Bytes are those of the live buffers; allocated is the memory taken to hold them, free "
+            f"room for tokens to come included. Times are medians of {measured.n_timed} steps, "
             "dense and pruned in turns, fed the same tokens. Dense is transformers' DynamicCache, "
             "which copies itself at each step.",
             style="dim",

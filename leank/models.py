@@ -121,7 +121,8 @@ def _base(layers: list[nn.Module], config) -> str:
     if any(name.startswith(PREFIX) for name in names):
         raise ValueError(
             "model: its config object is shared with a model that is patched already; "
-            "give this model a config of its own (copy.deepcopy) or unpatch the other one"
+            "unpatch the other one, or give this model a config of its own (copy.deepcopy) and "
+            "call model.set_attn_implementation('sdpa')"
         )
     if len(names) != 1 or names[0] not in BASES:
         raise ValueError(

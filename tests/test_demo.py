@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from leank import ChannelMask, demo, demo_measure, demo_text  # noqa: E402
+from leank import ChannelMask, demo, demo_measure, demo_text, smollm2  # noqa: E402
 from leank.cli import app  # noqa: E402
 
 from .tiny_models import HKV, D, N, tiny  # noqa: E402
@@ -89,6 +89,9 @@ def test_end_to_end(folder, dtype):
         dense = N * HKV * n_tokens * D * size
         assert numbers(result, label)[:3] == [dense, predicted[key], predicted[key]]
     assert numbers(result, "K+V bytes")[1] == predicted["total_bytes"]
+    dense, allocated, _ = numbers(result, "allocated")
+    assert dense == 2 * N * HKV * n_tokens * D * size
+    assert allocated >= predicted["total_bytes"]
     assert "The bytes are exactly what the mask predicts." in result.stdout
     assert "question  where?" in result.stdout
     assert f"{dtype}, 1 threads" in result.stdout
@@ -245,7 +248,7 @@ def test_options_outside_their_range(folder, wrong):
 
 
 def test_help_does_not_need_torch():
-    code = "import sys; sys.modules['torch'] = None; from leank.cli import main; main()"
+    code = "import sys; sys.modules['torch'] = None; from leank.__main__ import main; main()"
     run = subprocess.run(
         [sys.executable, "-c", code, "demo", "--help"], capture_output=True, text=True, check=True
     )
@@ -253,6 +256,31 @@ def test_help_does_not_need_torch():
     run = subprocess.run([sys.executable, "-c", code, "demo"], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == "leank demo: needs torch: pip install 'leank[hf]'\n"
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_its_extra_the_command_says_so(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from leank.__main__ import main; "
+    run = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit(main())", "demo"], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert run.stderr == f"leank: needs {missing}: pip install 'leank[cli]'\n"
+
+
+def test_without_its_weights_the_demo_says_so(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("LEANK_CACHE", str(tmp_path))
+    monkeypatch.setattr(smollm2, "_find_gguf", lambda: (tmp_path / "weights.gguf", "1"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    no_gguf = leank_demo(folder, model=None)
+    monkeypatch.undo()
+    monkeypatch.setattr(smollm2, "_PACKAGE", "no-such-package-of-weights")
+    no_package = leank_demo(folder, model=None)
+    for result, name in ((no_gguf, "gguf"), (no_package, "no-such-package-of-weights")):
+        assert result.exit_code == 2, result.output
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("leank demo")]
+        assert "Traceback" not in result.output
+        assert name in line and "pip install 'leank[smollm2]'" in line
 
 
 # ------------------------------------------------------------------------------- the text

@@ -1,5 +1,6 @@
 """What is installed and how it is built, as far as files tell; tests/dist_smoke.sh installs it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,30 @@ def test_import_needs_only_numpy():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_without_torch_the_rest_is_whole(missing):
+    code = f"""if True:
+        import sys
+        sys.modules[{missing!r}] = None
+        import leank, pydoc
+        from leank import *
+        assert "LayerCache" in pydoc.render_doc(leank)
+        assert decode and not hasattr(leank, "patch") and "patch" not in dir(leank)
+        try:
+            leank.patch
+        except AttributeError as error:
+            print(error)
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"leank.patch needs {missing}: pip install 'leank[hf]'\n"
+
+
+def test_with_torch_all_names_are_there():
+    pytest.importorskip("transformers")
+    assert "patch" in leank.__all__ and "patch" in dir(leank)
+    assert [name for name in leank.__all__ if not hasattr(leank, name)] == []
+
+
 def test_version_has_one_home():
     assert version("leank") == leank.__version__
     assert f"## {leank.__version__}" in (ROOT / "CHANGELOG.md").read_text()
@@ -33,6 +58,28 @@ def test_constraints_pin_exact_public_versions():
     requirements = [line for line in lines if line and not line.startswith("#")]
     assert len(requirements) == len(PINS)
     assert [pin for pin in PINS.values() if "+" in pin] == []
+
+
+def test_ci_finds_what_has_no_pin(tmp_path):
+    pins = re.search(r"^pins\(\) \{$.*?^\}$", (ROOT / ".ci" / "run").read_text(), re.M | re.S)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "build").mkdir()
+    pip = tmp_path / ".venv" / "bin" / "pip"
+
+    def ci(installed, constraints):
+        pip.write_text(f"#!/bin/sh\n{installed}\n")
+        pip.chmod(0o755)
+        (tmp_path / "constraints.txt").unlink(missing_ok=True)
+        if constraints is not None:
+            (tmp_path / "constraints.txt").write_text(constraints)
+        command = ["bash", "-c", f"set -o pipefail; {pins[0]}; pins || exit 1"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).returncode
+
+    two = "echo numpy==2.4.6; echo torch==2.13.0+cpu"
+    assert ci(two, "numpy==2.4.6\ntorch==2.13.0\n") == 0
+    assert ci(two, "numpy==2.4.6\n") == 1
+    assert ci(two, None) == 1
+    assert ci("exit 1", "numpy==2.4.6\n") == 1
 
 
 def test_pre_commit_uses_the_pinned_formatters():
@@ -88,6 +135,34 @@ def test_smollm2_failed_conversion_leaves_nothing(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="the disk is full"):
         smollm2._convert(tmp_path / "weights.gguf", target)
     assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("source", ["README.md", "examples/generate.py"])
+def test_what_a_newcomer_runs(source, tmp_path):
+    pytest.importorskip("transformers")
+    smollm2.model_path()
+    code = (ROOT / source).read_text()
+    if source == "README.md":
+        (code,) = re.findall(r"^```python\n(.*?)^```$", code, re.M | re.S)
+    (tmp_path / "newcomer.py").write_text(code)
+    # From another folder, so that nothing is found by a path in the source tree.
+    done = subprocess.run(
+        [sys.executable, "newcomer.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if source == "README.md":
+        pattern = r"[\d,]+ tokens: ([\d,]+) bytes, dense ([\d,]+)\n$"
+    else:
+        pattern = r"pruned: .*green door.* \(([\d,]+) bytes\)\ndense: .* \(([\d,]+) bytes\)\n$"
+    found = re.search(pattern, done.stdout)
+    assert found, done.stdout
+    n_bytes, n_dense = (int(number.replace(",", "")) for number in found.groups())
+    assert 0.5 * n_dense < n_bytes < 0.8 * n_dense
 
 
 @pytest.mark.model

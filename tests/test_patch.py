@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import io
+import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +133,15 @@ def test_copy_of_a_patched_model_is_patched(model):
     np.testing.assert_array_equal(logits(generate(twin, ids)), logits(expected))
     leank.unpatch(twin)
     np.testing.assert_array_equal(logits(generate(twin, ids)), logits(generate(model, ids)))
+
+
+def test_patched_model_is_not_pickled(model):
+    message = r"call leank\.unpatch\(model\) before pickling"
+    with leank.patch(model, pruned()):
+        for write in (pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
+            with pytest.raises(TypeError, match=message):
+                write(model)
+    assert pickle.loads(pickle.dumps(model)).config._attn_implementation == "sdpa"
 
 
 def test_mask_file(model, tmp_path):
@@ -305,8 +317,12 @@ def test_arguments_refused(model):
         leank.patch(model, small)
     with pytest.raises(ValueError, match="recent: expected an int of at least 1, got 0"):
         leank.patch(model, pruned(), recent=0)
-    with pytest.raises(ValueError, match="sink: expected an int of at least 0, got 1.5"):
-        leank.patch(model, pruned(), sink=1.5)
+    for wrong in (1.5, True):
+        with pytest.raises(TypeError, match=f"sink: expected an int, got {type(wrong).__name__}"):
+            leank.patch(model, pruned(), sink=wrong)
+    for path in ("mask.pth", Path("mask.pth")):
+        with pytest.raises(ValueError, match=r"use ChannelMask\.from_pth\(path, sink=, recent=\)"):
+            leank.patch(model, path)
     with pytest.raises(ValueError, match="slack: expected an int of at least 0, got -1"):
         leank.patch(model, pruned(), slack=-1)
     with pytest.raises(ValueError, match="prefill: expected .* got 'sparse'"):
@@ -323,6 +339,13 @@ def test_shared_config_refused():
     with leank.patch(model, pruned()):
         with pytest.raises(ValueError, match="model: its config object is shared"):
             leank.patch(other, pruned())
+        # What the message advises.
+        third = transformers.LlamaForCausalLM(copy.deepcopy(model.config))
+        with pytest.raises(ValueError, match=r"call model\.set_attn_implementation\('sdpa'\)$"):
+            leank.patch(third, pruned())
+        third.set_attn_implementation("sdpa")
+        with leank.patch(third, pruned()):
+            pass
     with leank.patch(other, pruned()):
         pass
 
@@ -335,6 +358,7 @@ def test_shared_config_refused():
         ({"cache_implementation": "offloaded"}, "cache_implementation: .* got 'offloaded'"),
         ({"cache_implementation": "quantized"}, "cache_implementation: .* got 'quantized'"),
         ({"output_attentions": True}, "output_attentions: expected False on a patched model"),
+        ({"guidance_scale": 1.5}, "guidance_scale: expected None or 1 .* got 1.5"),
         ({"is_assistant": True}, "got the assistant of another model"),
     ],
 )
@@ -346,6 +370,29 @@ def test_generation_refused(model, options, message):
 def test_assistant_model_refused(model):
     with leank.patch(model, pruned()), pytest.raises(NotImplementedError, match="assisted"):
         generate(model, prompts([10])[0], assistant_model=tiny(seed=3))
+
+
+def test_empty_prompt_refused(model):
+    empty = torch.empty(1, 0, dtype=torch.long)
+    with leank.patch(model, pruned()), pytest.raises(ValueError, match="a prompt of at least one"):
+        generate(model, empty)
+
+
+def test_gradient_checkpointing_in_training_refused():
+    model = tiny()
+    model.activation_checkpointing_enable()
+    ids, _ = prompts([10])
+    with leank.patch(model, pruned()):
+        cache = leank.make_cache(model)
+        generate(model, ids)
+        model.train()
+        for call in (
+            lambda: leank.make_cache(model),
+            lambda: generate(model, ids),
+            lambda: generate(model, ids, past_key_values=cache),
+        ):
+            with pytest.raises(ValueError, match=r"gradient checkpointing .* call model\.eval\(\)"):
+                call()
 
 
 def test_contrastive_search_refused(model):
@@ -375,9 +422,21 @@ def test_dense_answer_warns(model, options, reason):
     ids, mask = prompts([40, 12])
     expected = generate(model, ids, mask, **options())
     with leank.patch(model, pruned()):
-        with pytest.warns(UserWarning, match="runs dense, without pruning: " + reason):
+        with pytest.warns(UserWarning, match="ran dense, without pruning: " + reason):
             out = generate(model, ids, mask, **options())
     np.testing.assert_array_equal(logits(out), logits(expected))
+
+
+def test_dense_warning_names_each_line_of_the_user(model):
+    ids, _ = prompts([10])
+    settings = {"max_new_tokens": 1, "use_cache": False, "pad_token_id": 0}
+    with leank.patch(model, pruned()), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            model.generate(ids, **settings)
+        model.generate(ids, **settings)
+    assert [warning.filename for warning in seen] == [__file__] * 2
+    assert seen[1].lineno == seen[0].lineno + 1
 
 
 def test_pruned_answer_does_not_warn(model):
