@@ -75,7 +75,7 @@ SANITIZE := address,undefined
 SANITIZE_TESTS ?= tests
 sanitize: build
 	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r $(wildcard *.py *.toml *.txt *.md) LICENSE .pre-commit-config.yaml csrc leank tests \
+	cp -r $(wildcard *.py *.toml *.txt *.md) LICENSE .pre-commit-config.yaml .ci csrc leank tests \
 	    examples build/sanitize
 	rm -f build/sanitize/leank/*.so
 	cd build/sanitize && LEANK_SANITIZE=$(SANITIZE) \
