@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 C_FILES := $(wildcard csrc/*.c csrc/*.h)
 C_ALL := $(C_FILES) $(wildcard tests/*.c tests/capi/*.h)
@@ -95,7 +96,7 @@ dist-smoke: build
 	PYTHON=$(BIN)/python tests/dist_smoke.sh build/dist-smoke
 
 bench: build
-	$(BIN)/python -m tests.bench.bench_decode
+	$(BIN)/python -m tests.bench.bench_decode $(BENCH_ARGS)
 
 # What is too slow for every change: CONTRIBUTING.md records its runs.
 long: build model
