@@ -60,6 +60,8 @@ bool lk_poison_on(void);
 
 /* ------------------------------------------------------------------------------------------- pool.c */
 
+#define LK_VALUE_SLICE 64
+
 /* Where things are inside the pages and twins of a layer. Immutable once built, shared by cache copies.
  *
  * G (group) is 2 for bf16 and 1 for f32 and f16: bf16 is stored in pairs, so that one 32-bit lane holds two
@@ -68,12 +70,10 @@ bool lk_poison_on(void);
  *   K block of n channels  [n/G][P][G]:    element (c, j) at ((c/G)*P + j)*G + c%G
  *   V block, in slices of up to 64 value indices (w of them, the first is d0):
  *                          [P/G][w][G]:    element (j, d) at d0*P + ((j/G)*w + d - d0)*G + j%G
- * Slices make attention read V in the order of memory, two or more sums of 64 tokens one after the other.
+ * Slices make a pass over 64 value indices of all tokens, which is what registers hold, read V in memory order.
  * A page holds, for each head with Dk[g] > 0, its kept K block, then its V block.
  * A twin holds, for each head, the K block of its dropped channels; for an empty head then its V block.
  * Unused slots of a page hold anything: what was there before, what a cropped token left, NaN under lk_test_poison. */
-#define LK_VALUE_SLICE 64
-
 typedef struct lk_geom {
     lk_dtype dtype;
     int32_t n_heads, head_dim, v_dim, group;
