@@ -288,15 +288,17 @@ static void free_plan(plan *p) {
 
 /* -------------------------------------------------------------------------------------------------- run */
 
+/* Bytes from the start of q or o to the vector of the unit's column c; stride in elements. */
+static ptrdiff_t column_offset(const plan *p, const unit *u, int32_t c, const int64_t stride[3]) {
+    const int64_t col = u->first_col + c, t = col / p->heads_per_kv;
+    const int64_t h = u->head * p->heads_per_kv + col % p->heads_per_kv;
+    return (u->row * stride[0] + h * stride[1] + t * stride[2]) * (ptrdiff_t)p->geom->elem_bytes;
+}
+
 static void finish_unit(const plan *p, const unit *u, const float *l, const float *o) {
     const lk_decode_args *args = p->args;
     for (int32_t c = 0; c < u->n_cols; c++) {
-        const int64_t col = u->first_col + c;
-        const int64_t t = col / p->heads_per_kv;
-        const int64_t h = u->head * p->heads_per_kv + col % p->heads_per_kv;
-        const int64_t offset =
-            u->row * args->o_stride[0] + h * args->o_stride[1] + t * args->o_stride[2];
-        unsigned char *out = (unsigned char *)args->o + offset * (int64_t)p->geom->elem_bytes;
+        unsigned char *out = (unsigned char *)args->o + column_offset(p, u, c, args->o_stride);
         lk_state_finish(l[c], o + c * lk_o_stride(p->geom), p->geom->v_dim, p->geom->dtype, out);
     }
 }
@@ -321,13 +323,9 @@ static void run_item(const plan *p, const item *i, unsigned char *memory) {
                   .o = state + state_head_floats(p)};
     lk_scratch_carve(p->geom, u->n_cols, memory, &job.scratch);
     for (int32_t c = 0; c < u->n_cols; c++) {
-        const int64_t col = u->first_col + c;
-        const int64_t t = col / p->heads_per_kv;
-        const int64_t h = u->head * p->heads_per_kv + col % p->heads_per_kv;
-        const int64_t offset =
-            u->row * args->q_stride[0] + h * args->q_stride[1] + t * args->q_stride[2];
+        const int64_t t = (u->first_col + c) / p->heads_per_kv;
         const int64_t position = p->position[u->row * args->n_columns + t];
-        job.q[c] = (const unsigned char *)args->q + offset * (int64_t)p->geom->elem_bytes;
+        job.q[c] = (const unsigned char *)args->q + column_offset(p, u, c, args->q_stride);
         job.end[c] = position + 1;
         job.full_lo[c] = full_lo_of(p, u->row, n0, position);
     }
@@ -369,7 +367,6 @@ lk_status lk_decode(const lk_decode_args *args) {
     LK_TRY(check_args(args));
     const lk_isa_table *isa = lk_dispatch();
     LK_CHECK(isa, LK_E_ISA);
-    if (args->cache->n_rows == 0) return LK_OK;
     plan p = {
         .args = args, .geom = args->cache->geom, .kernel = isa->decode[args->cache->geom->dtype]};
     const lk_status status = make_plan(&p);
