@@ -9,7 +9,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 C_FILES := $(wildcard csrc/*.c csrc/*.h)
-C_ALL := $(C_FILES) $(wildcard tests/*.c tests/capi/*.h)
+CUDA_FILES := $(wildcard kernels/*.c kernels/*.h kernels/*.cu kernels/*.cuh kernels/inst/*.cu)
+C_ALL := $(C_FILES) $(CUDA_FILES) $(wildcard tests/*.c tests/capi/*.h)
 
 .PHONY: demo test build model lint format capi valgrind sanitize neon dist-smoke bench long clean
 
@@ -28,7 +29,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Changes when the extension is to be built in another way; see setup.py.
-MODE := werror=$(LEANK_WERROR) debug=$(LEANK_DEBUG) sanitize=$(LEANK_SANITIZE)
+MODE := werror=$(LEANK_WERROR) debug=$(LEANK_DEBUG) sanitize=$(LEANK_SANITIZE) \
+    cuda=$(LEANK_CUDA) archs=$(LEANK_CUDA_ARCHS)
 $(VENV)/.mode: FORCE | $(BIN)/python
 	@echo '$(MODE)' | cmp -s - $@ || echo '$(MODE)' > $@
 FORCE:
@@ -41,7 +43,7 @@ $(PIP) install -c constraints.txt --no-build-isolation -e '.[hf,cli,smollm2,dev]
 endef
 REBUILD = $(BIN)/python setup.py --quiet build_ext --inplace
 
-$(VENV)/.built: constraints.txt pyproject.toml setup.py $(C_FILES) $(VENV)/.mode
+$(VENV)/.built: constraints.txt pyproject.toml setup.py $(C_FILES) $(CUDA_FILES) $(VENV)/.mode
 	$(if $(filter constraints.txt pyproject.toml,$?),$(INSTALL),$(REBUILD))
 	@touch $@
 
@@ -79,7 +81,7 @@ sanitize: build
 	cp -r $(wildcard *.py *.toml *.txt *.md) LICENSE .pre-commit-config.yaml .ci csrc leank tests \
 	    examples build/sanitize
 	rm -f build/sanitize/leank/*.so
-	cd build/sanitize && LEANK_SANITIZE=$(SANITIZE) \
+	cd build/sanitize && LEANK_SANITIZE=$(SANITIZE) LEANK_CUDA=0 \
 	    $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m tests.capi.build --cc $(CC) --sanitize $(SANITIZE) --out build/capi-sanitize
 	build/capi-sanitize/test_capi

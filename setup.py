@@ -1,10 +1,16 @@
-"""Builds leank._C; metadata is in pyproject.toml. It needs NumPy headers and a C11 compiler.
+"""Builds leank._C, and leank._cuda where a CUDA Toolkit is found; metadata is in pyproject.toml.
+
+leank._C needs NumPy headers and a C11 compiler.
 
 Environment: LEANK_WERROR=1 makes warnings errors, LEANK_DEBUG=1 builds without optimisation and
 with assertions, LEANK_SANITIZE=address,undefined builds and links with sanitizers and assertions.
+LEANK_CUDA=0 leaves leank._cuda out, =1 makes it fatal when it cannot be built; with auto (the
+default) a failure is a warning. nvcc is looked for in CUDA_HOME, then in PATH.
+LEANK_CUDA_ARCHS="80,89,90+PTX" lists compute capabilities; +PTX is for GPUs that come later.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +19,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 WARNINGS = ["-Wall", "-Wextra"]
 LANGUAGE = ["-std=c11", "-fvisibility=hidden"]
@@ -46,6 +53,10 @@ ISAS = {
         "float32x4_t f(float32x4_t a) { return vfmaq_f32(a, a, a); }\n",
     ),
 }
+
+CUDA_ARCHS = "80,89,90+PTX"
+# The C files that leank._cuda shares with leank._C.
+CUDA_SHARED = ["csrc/alloc.c", "csrc/mask.c", "csrc/status.c"]
 
 OPENMP_PROBE = "#include <omp.h>\nint f(void) { return omp_get_max_threads(); }\n"
 
@@ -95,6 +106,34 @@ def mode_flags():
     return compiling, linking
 
 
+def find_nvcc():
+    """Return the path of nvcc, or None: LEANK_CUDA=0 or no toolkit. Fatal with LEANK_CUDA=1."""
+    wanted = os.environ.get("LEANK_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"LEANK_CUDA: expected 'auto', '0' or '1', got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
+    nvcc = nvcc or shutil.which("nvcc")
+    if nvcc is None and wanted == "1":
+        sys.exit("LEANK_CUDA=1, but nvcc is neither in CUDA_HOME/bin nor in PATH")
+    return nvcc
+
+
+def cuda_archs():
+    """Return (nvcc's flags, the names for leank.capabilities) of LEANK_CUDA_ARCHS."""
+    flags, names = [], []
+    for arch in os.environ.get("LEANK_CUDA_ARCHS", CUDA_ARCHS).replace(";", ",").split(","):
+        number, plus, ptx = arch.strip().partition("+")
+        if not number.rstrip("a").isdigit() or (plus and ptx != "PTX"):
+            sys.exit(f"LEANK_CUDA_ARCHS: expected a list as '{CUDA_ARCHS}', got {arch!r}")
+        codes = [f"sm_{number}", *([f"compute_{number}"] if plus else [])]
+        flags += ["-gencode", f"arch=compute_{number},code=[{','.join(codes)}]"]
+        names += codes
+    return flags, ",".join(names)
+
+
 class BuildWithIsaFlags(build_ext):
     """Compile each C file with its own flags."""
 
@@ -104,6 +143,12 @@ class BuildWithIsaFlags(build_ext):
         self.force = True
 
     def build_extension(self, ext):
+        if ext.name == "leank._cuda":
+            self.build_cuda(ext)
+        else:
+            self.build_core(ext)
+
+    def build_core(self, ext):
         command = self.compiler.compiler_so
         compiling, linking = mode_flags()
         if compiles(command, OPENMP_PROBE, ["-fopenmp"], link=True):
@@ -112,24 +157,65 @@ class BuildWithIsaFlags(build_ext):
             self.warn("the C compiler has no OpenMP: leank will use one thread")
         isas = built_isas(command)
         print(f"leank: variants beside scalar: {', '.join(isas) or 'none'}", file=sys.stderr)
-        include_dirs = [*ext.include_dirs, numpy_include()]
 
         def compile_one(source):
-            return self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                include_dirs=include_dirs,
-                extra_postargs=[*LANGUAGE, *WARNINGS, *compiling, *source_flags(source, isas)],
-            )
+            return self.compile_c(ext, source, [*compiling, *source_flags(source, isas)])
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
+        objects = compile_all(compile_one, ext.sources)
         sources, ext.sources, ext.extra_objects = ext.sources, [], objects
         ext.extra_link_args = linking
         try:
             super().build_extension(ext)
         finally:
             ext.sources = sources
+
+    def build_cuda(self, ext):
+        nvcc = find_nvcc()
+        compiling, linking = mode_flags()
+        flags, names = cuda_archs()
+        host = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
+        common = ["-std=c++17", "-O3", "-Icsrc", "-Ikernels", f'-DLK_CUDA_BUILT="{names}"', *flags]
+        common += ["-Xcompiler", ",".join(host)]
+        if os.environ.get("LEANK_WERROR") == "1":
+            common += ["-Werror", "all-warnings"]
+
+        def compile_one(source):
+            if not source.endswith(".cu"):
+                return self.compile_c(ext, source, [*compiling, "-Icsrc", "-Ikernels"])
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([nvcc, *common, "-c", source, "-o", str(target)], check=True)
+            return [str(target)]
+
+        print(f"leank: CUDA kernels for {names}", file=sys.stderr)
+        try:
+            objects = compile_all(compile_one, ext.sources)
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # nvcc knows where its static runtime is.
+            linking = ["-Xcompiler", ",".join(linking)] if linking else []
+            subprocess.run(
+                [nvcc, "-shared", "-cudart", "static", *linking, *objects, "-o", str(target)],
+                check=True,
+            )
+        except (OSError, subprocess.CalledProcessError, CompileError) as error:
+            if os.environ.get("LEANK_CUDA") == "1":
+                raise
+            self.warn(f"leank._cuda was not built, there will be no CUDA: {error}")
+
+    def compile_c(self, ext, source, flags):
+        return self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            include_dirs=[*ext.include_dirs, numpy_include()],
+            extra_postargs=[*LANGUAGE, *WARNINGS, *flags],
+        )
+
+
+def compile_all(compile_one, sources):
+    """Return the objects of the sources, compiled on all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [name for names in pool.map(compile_one, sources) for name in names]
 
 
 def numpy_include():
@@ -139,14 +225,21 @@ def numpy_include():
     return numpy.get_include()
 
 
+def extensions():
+    """Return the extensions that this machine can build."""
+
+    def files(*patterns):
+        return sorted(str(path) for pattern in patterns for path in Path().glob(pattern))
+
+    yield Extension("leank._C", sources=files("csrc/*.c"), depends=files("csrc/*.h"))
+    if find_nvcc():
+        yield Extension(
+            "leank._cuda",
+            sources=files("kernels/*.c", "kernels/*.cu", "kernels/inst/*.cu") + CUDA_SHARED,
+            depends=files("kernels/*.h", "kernels/*.cuh", "csrc/leank.h", "csrc/lk_internal.h"),
+            optional=os.environ.get("LEANK_CUDA") != "1",
+        )
+
+
 if __name__ == "__main__":
-    setup(
-        ext_modules=[
-            Extension(
-                "leank._C",
-                sources=sorted(str(path) for path in Path("csrc").glob("*.c")),
-                depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
-            )
-        ],
-        cmdclass={"build_ext": BuildWithIsaFlags},
-    )
+    setup(ext_modules=list(extensions()), cmdclass={"build_ext": BuildWithIsaFlags})

@@ -43,7 +43,8 @@ typedef enum {
     LK_E_VALUE, /* an argument is outside its range */
     LK_E_LIMIT, /* the call would pass max_tokens or max_call of a reserved cache */
     LK_E_STATE, /* not allowed now: prompt announced late, nothing to attend to, a put that was not settled */
-    LK_E_ISA /* unknown instruction set name, or not available on this machine */
+    LK_E_ISA,   /* unknown instruction set name, or not available on this machine */
+    LK_E_DEVICE /* CUDA refused a call */
 } lk_status;
 
 /* One sentence for a status; never NULL. */

@@ -10,6 +10,7 @@ const char *lk_status_text(lk_status status) {
     case LK_E_LIMIT: return "the call would pass the limits of a reserved cache";
     case LK_E_STATE: return "the cache is in a state that does not allow this call";
     case LK_E_ISA: return "unknown instruction set, or not available on this machine";
+    case LK_E_DEVICE: return "CUDA refused a call";
     }
     return "unknown status";
 }

@@ -62,7 +62,9 @@ def capabilities() -> dict[str, object]:
     -------
     dict
         ``version``; ``isa``, the variant in use; ``isa_built``, {variant: can run here}, best
-        first; ``compiler``; ``openmp``, the version date of OpenMP, 0 when built without.
+        first; ``compiler``; ``openmp``, the version date of OpenMP, 0 when built without;
+        ``cuda_built``, the architectures that kernels were built for, None when built without;
+        ``cuda_devices``, {number: (major, minor) compute capability} of the GPUs that can be seen.
 
     Raises
     ------
@@ -74,4 +76,16 @@ def capabilities() -> dict[str, object]:
         "isa": _C.isa(),
         "isa_built": _C.isa_built(),
         **_C.build_info(),
+        **_cuda_capabilities(),
+    }
+
+
+def _cuda_capabilities() -> dict[str, object]:
+    if find_spec("leank._cuda") is None:
+        return {"cuda_built": None, "cuda_devices": {}}
+    cuda = import_module("leank._cuda")
+    devices = range(cuda.device_count())
+    return {
+        "cuda_built": cuda.built().split(","),
+        "cuda_devices": {i: cuda.device_info(i)["capability"] for i in devices},
     }

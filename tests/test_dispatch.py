@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -94,6 +95,11 @@ def test_capabilities():
     assert found["isa_built"] == _C.isa_built()
     assert found["isa_built"][found["isa"]]
     assert isinstance(found["compiler"], str) and isinstance(found["openmp"], int)
+    if find_spec("leank._cuda"):
+        assert all(name.startswith(("sm_", "compute_")) for name in found["cuda_built"])
+    else:
+        assert found["cuda_built"] is None
+    assert isinstance(found["cuda_devices"], dict)
 
 
 def test_constants():

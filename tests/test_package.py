@@ -107,6 +107,58 @@ def test_a_compiler_without_a_variant_loses_only_that():
     assert setup.source_flags("csrc/dispatch.c", ["avx2"]) == ["-DLK_BUILD_AVX2=1"]
 
 
+def test_architectures_of_the_cuda_build(monkeypatch):
+    setup = load_setup()
+    monkeypatch.setenv("LEANK_CUDA_ARCHS", "80; 90a+PTX")
+    flags, names = setup.cuda_archs()
+    assert flags == [
+        *("-gencode", "arch=compute_80,code=[sm_80]"),
+        *("-gencode", "arch=compute_90a,code=[sm_90a,compute_90a]"),
+    ]
+    assert names == "sm_80,sm_90a,compute_90a"
+    monkeypatch.delenv("LEANK_CUDA_ARCHS")
+    assert setup.cuda_archs()[1] == "sm_80,sm_89,sm_90,compute_90"
+    for wrong in ("9.0", "90+ptx", "", "sm_90"):
+        monkeypatch.setenv("LEANK_CUDA_ARCHS", wrong)
+        with pytest.raises(SystemExit, match="LEANK_CUDA_ARCHS: expected a list as"):
+            setup.cuda_archs()
+
+
+def test_cuda_is_built_where_it_is_wanted_and_can_be(monkeypatch, tmp_path):
+    setup = load_setup()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("LEANK_CUDA", "1")
+    with pytest.raises(SystemExit, match="nvcc is neither in CUDA_HOME/bin nor in PATH"):
+        setup.find_nvcc()
+    monkeypatch.setenv("LEANK_CUDA", "auto")
+    assert setup.find_nvcc() is None
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    assert setup.find_nvcc() == str(nvcc)
+    monkeypatch.setenv("LEANK_CUDA", "0")
+    assert setup.find_nvcc() is None
+    monkeypatch.setenv("LEANK_CUDA", "yes")
+    with pytest.raises(SystemExit, match="LEANK_CUDA: expected 'auto', '0' or '1', got 'yes'"):
+        setup.find_nvcc()
+
+
+def test_without_cuda_importing_it_says_what_to_do():
+    pytest.importorskip("torch")
+    code = """if True:
+        import sys
+        sys.modules["leank._cuda"] = None
+        try:
+            import leank.cuda
+        except ImportError as error:
+            print(error)
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("leank was built without CUDA: install it where nvcc is found")
+
+
 def test_smollm2_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("LEANK_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,0 +1,72 @@
+/* decode.cu: check the arguments of an attend and pick its kernel. */
+#include "decode.cuh"
+
+typedef lk_status launch_fn(decode_params *p, int32_t n_blocks, int32_t smem_bytes,
+                            cudaStream_t stream, int32_t *cuda_error);
+launch_fn launch_decode_bf16_64, launch_decode_bf16_80, launch_decode_bf16_96,
+    launch_decode_bf16_128;
+launch_fn launch_decode_f16_64, launch_decode_f16_80, launch_decode_f16_96, launch_decode_f16_128;
+
+static const struct {
+    lk_dtype dtype;
+    int32_t head_dim;
+    launch_fn *launch;
+} instances[] = {
+    {LK_BF16, 64, launch_decode_bf16_64}, {LK_BF16, 80, launch_decode_bf16_80},
+    {LK_BF16, 96, launch_decode_bf16_96}, {LK_BF16, 128, launch_decode_bf16_128},
+    {LK_F16, 64, launch_decode_f16_64},   {LK_F16, 80, launch_decode_f16_80},
+    {LK_F16, 96, launch_decode_f16_96},   {LK_F16, 128, launch_decode_f16_128},
+};
+
+/* The counters have the same place for every layer, so that layers can share a workspace. */
+static size_t counter_bytes(int32_t n_blocks) {
+    const size_t n = 2 + 2 * (size_t)n_blocks + LK_CUDA_MAX_UNITS;
+    return (n * sizeof(int32_t) + 127) / 128 * 128;
+}
+
+size_t lk_cuda_attend_work_bytes(int32_t head_dim, int32_t r, int32_t n_blocks) {
+    const size_t n_states = 2 * (size_t)n_blocks * (1 + 2 * LK_PLAN_HALVINGS);
+    return counter_bytes(n_blocks) + n_states * (size_t)part_floats(r, head_dim) * sizeof(float);
+}
+
+lk_status lk_cuda_attend(const lk_cuda_attend_args *args) {
+    const lk_cuda_layer *layer = args->layer;
+    *args->cuda_error = 0;
+    if (layer->n_rows < 1 || layer->n_heads < 1 || args->n_blocks < 1) return LK_E_SHAPE;
+    if (args->n_q_heads < 1 || args->n_q_heads % layer->n_heads != 0) return LK_E_SHAPE;
+    const int32_t r = args->n_q_heads / layer->n_heads;
+    if (r > LK_CUDA_MAX_R) return LK_E_SHAPE;
+    if ((int64_t)layer->n_rows * layer->n_heads > LK_CUDA_MAX_UNITS) return LK_E_SHAPE;
+    if (!args->q || !args->o || !args->work || (args->k == NULL) != (args->v == NULL))
+        return LK_E_VALUE;
+    if (!isfinite(args->scale) || !isfinite(args->softcap) || args->softcap < 0) return LK_E_VALUE;
+
+    unsigned char *work = static_cast<unsigned char *>(args->work);
+    decode_params p = {};
+    p.layer = *layer;
+    p.q = args->q;
+    p.k = args->k;
+    p.v = args->v;
+    for (int i = 0; i < 2; i++) {
+        p.q_stride[i] = args->q_stride[i];
+        p.k_stride[i] = args->k_stride[i];
+        p.v_stride[i] = args->v_stride[i];
+    }
+    p.o = args->o;
+    p.lse = args->lse;
+    p.valid = args->valid;
+    p.sinks = args->sinks;
+    p.r = r;
+    p.scale = args->scale;
+    p.softcap = args->softcap;
+    p.counters = reinterpret_cast<int32_t *>(work);
+    p.share_tiles = p.counters + 2;
+    p.unit_tiles = p.share_tiles + 2 * args->n_blocks;
+    p.share_states = reinterpret_cast<float *>(work + counter_bytes(args->n_blocks));
+    p.chunk_states = p.share_states + 2 * (int64_t)args->n_blocks * part_floats(r, layer->head_dim);
+    for (const auto &instance : instances)
+        if (instance.dtype == layer->dtype && instance.head_dim == layer->head_dim)
+            return instance.launch(&p, args->n_blocks, args->smem_bytes,
+                                   static_cast<cudaStream_t>(args->stream), args->cuda_error);
+    return LK_E_SHAPE;
+}

@@ -1,0 +1,127 @@
+/* decode_shape.cuh: sizes, parameters and shared memory of the decode kernel. */
+#ifndef LEANK_DECODE_SHAPE_CUH
+#define LEANK_DECODE_SHAPE_CUH
+
+#include "state.cuh"
+
+#define LK_MAX_STAGES 16
+#define LK_O_PAD 4 /* floats after each row of o in shared memory: then no bank is met twice */
+
+template <int D, int COLUMN_TILES> struct decode_shape {
+    /* Two column tiles take the registers of two teams. */
+    static constexpr int TEAMS = COLUMN_TILES == 1 ? 2 : 1;
+    static constexpr int COMPUTE_WARPS = 4 * TEAMS;
+    static constexpr int HELPER_WARPS = 4;
+    static constexpr int FETCH_WARP = COMPUTE_WARPS + HELPER_WARPS;
+    static constexpr int HELPER_THREADS = HELPER_WARPS * LK_WARP;
+    static constexpr int THREADS = (FETCH_WARP + 1) * LK_WARP;
+    static constexpr int STAGE_BYTES = 2 * D * LK_PAGE_TOKENS * 2;
+    static constexpr int STATE_FLOATS = 2 + D + LK_O_PAD; /* of one warp and column */
+    static constexpr int Q_WORDS = COLUMN_TILES * (D / 16) * 2 * LK_WARP;
+};
+
+/* Floats of the state of a part in the workspace: o [R, D], m [R], l [R], whole vectors. */
+static __host__ __device__ __forceinline__ int32_t part_floats(int32_t r, int32_t head_dim) {
+    return (r * (2 + head_dim) + 3) / 4 * 4;
+}
+
+typedef struct {
+    lk_cuda_layer layer;
+    const void *q, *k, *v;
+    int64_t q_stride[2], k_stride[2], v_stride[2];
+    void *o;
+    float *lse;
+    const uint8_t *valid;
+    const float *sinks;
+    int32_t r, n_stages;
+    float scale, softcap;
+    /* The workspace. Counters are 0 between launches:
+     *   counters [2]              chunks taken beyond one per block; blocks that took their last
+     *   share_tiles [2 * blocks]  tiles that are done of the units that begin before, and in, a share
+     *   unit_tiles [B * Hkv]      tiles that are done of a unit
+     * States of parts, part_floats each: share_states [2 * blocks], chunk_states [2 * chunks]. */
+    int32_t *counters, *share_tiles, *unit_tiles;
+    float *share_states, *chunk_states;
+} decode_params;
+
+/* The part of a unit that is in one chunk, as the fetching warp hands it to the others. */
+typedef struct {
+    int32_t row, head; /* row < 0: there is no more */
+    int32_t chunk, tile_begin, tile_end;
+    uint32_t base; /* cost of all units before this one */
+    int32_t end, full_lo;
+} decode_part;
+
+/* Shared memory; what belongs to a part is double, so that the next part's is there when it begins. */
+template <typename T, int D, int COLUMN_TILES> struct decode_smem {
+    unsigned char *stage; /* [n_stages] tiles */
+    T *q;                 /* [2][R + 2, D], the last two are k and v of the new token */
+    uint32_t *q_operand;  /* [2][COLUMN_TILES][D / 16][32 lanes][2], see decode_tile.cuh */
+    /* Barriers. [n_stages]: a tile has landed; a team is done with it. */
+    uint64_t *full, *empty;
+    /* [2]: part and q are there; q_operand too; they were read. */
+    uint64_t *part_full, *q_full, *part_empty;
+    /* The warps' states of a part are there; they were read. */
+    uint64_t *states_full, *states_empty;
+    decode_part *part;              /* [2] */
+    float *states;                  /* [COMPUTE_WARPS][R][STATE_FLOATS]: o, m, l */
+    int32_t *flag;                  /* what one thread finds out for the helpers */
+    uint32_t *row_base;             /* [B + 1] cost of all rows before */
+    int32_t *row_end, *row_full_lo; /* [B] */
+    int32_t *n_kept;                /* [Hkv] */
+    uint8_t *order;                 /* [Hkv, D] */
+
+    using shape = decode_shape<D, COLUMN_TILES>;
+    static constexpr int N_BARRIERS = 2 * LK_MAX_STAGES + 8;
+
+    __device__ __forceinline__ decode_smem(unsigned char *memory, const decode_params &p) {
+        stage = memory;
+        q = reinterpret_cast<T *>(stage + (size_t)p.n_stages * shape::STAGE_BYTES);
+        q_operand = reinterpret_cast<uint32_t *>(q + 2 * (p.r + 2) * D);
+        full = reinterpret_cast<uint64_t *>(q_operand + 2 * shape::Q_WORDS);
+        empty = full + LK_MAX_STAGES;
+        part_full = empty + LK_MAX_STAGES;
+        q_full = part_full + 2;
+        part_empty = q_full + 2;
+        states_full = part_empty + 2;
+        states_empty = states_full + 1;
+        part = reinterpret_cast<decode_part *>(full + N_BARRIERS);
+        states = reinterpret_cast<float *>(part + 2);
+        flag =
+            reinterpret_cast<int32_t *>(states + shape::COMPUTE_WARPS * p.r * shape::STATE_FLOATS);
+        row_base = reinterpret_cast<uint32_t *>(flag + 1);
+        row_end = reinterpret_cast<int32_t *>(row_base + p.layer.n_rows + 1);
+        row_full_lo = row_end + p.layer.n_rows;
+        n_kept = row_full_lo + p.layer.n_rows;
+        order = reinterpret_cast<uint8_t *>(n_kept + p.layer.n_heads);
+    }
+
+    /* Bytes beside the stages. */
+    static size_t fixed_bytes(const decode_params &p) {
+        const size_t n_heads = (size_t)p.layer.n_heads, r = (size_t)p.r;
+        return sizeof(T) * 2 * (r + 2) * D + sizeof(uint32_t) * 2 * shape::Q_WORDS +
+               sizeof(uint64_t) * N_BARRIERS + sizeof(decode_part) * 2 +
+               sizeof(float) * shape::COMPUTE_WARPS * r * shape::STATE_FLOATS +
+               sizeof(int32_t) * (2 + 3 * (size_t)p.layer.n_rows + n_heads) + n_heads * D;
+    }
+
+    /* By all threads, before anything else. */
+    __device__ __forceinline__ void init(const decode_params &p) {
+        for (int32_t b = threadIdx.x; b <= p.layer.n_rows; b += blockDim.x) row_base[b] = 0;
+        if (threadIdx.x != 0) return;
+        for (int i = 0; i < p.n_stages; i++) {
+            barrier_init(&full[i], LK_BULK_COPY ? 1 : LK_WARP);
+            barrier_init(&empty[i], 4); /* one team */
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&part_full[i], LK_BULK_COPY ? 1 : LK_WARP + 1);
+            barrier_init(&q_full[i], shape::HELPER_WARPS);
+            barrier_init(&part_empty[i], shape::COMPUTE_WARPS + shape::HELPER_WARPS);
+        }
+        barrier_init(states_full, shape::COMPUTE_WARPS);
+        barrier_init(states_empty, shape::HELPER_WARPS);
+        fence_bulk();
+    }
+};
+
+#endif

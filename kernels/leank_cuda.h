@@ -1,0 +1,144 @@
+/* leank_cuda.h: the C interface of the CUDA side. Device pointers, sizes and a stream go in, a status comes out.
+ *
+ * Rules, letters and the order of a step are those of csrc/leank.h. Memory belongs to the caller, and nothing here
+ * allocates, waits for the device or copies to the host: every call can be captured in a CUDA graph.
+ * Lengths live on the device. A step reads them there, so that a captured step can be replayed.
+ *
+ * Pages and twins are laid out like those of the CPU (lk_geom in csrc/lk_internal.h: the same blocks at the same
+ * offsets, the same bytes) but in another order of elements inside a block: that of layout.h. */
+#ifndef LEANK_CUDA_H
+#define LEANK_CUDA_H
+
+#include "leank.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Head dims that kernels are built for; Dv is D. */
+#define LK_CUDA_HEAD_DIMS {64, 80, 96, 128}
+#define LK_CUDA_MAX_R 16
+#define LK_CUDA_MAX_UNITS 262144 /* B * Hkv */
+
+/* int32 numbers at the start of lk_cuda_layer.state; after them come len[B], lo[B] and n0[B]. */
+enum {
+    LK_STATE_COLUMNS,  /* columns stored, the same for all rows */
+    LK_STATE_OVERFLOW, /* 1 once a token did not fit in max_tokens (it was not stored) */
+    LK_STATE_HEADER = 8
+};
+/* n0 of a row without a token: its first call with one will be its prompt. */
+#define LK_STATE_OPEN INT32_MAX
+
+/* One layer's cache. All pointers are device pointers. */
+typedef struct {
+    const int64_t *page; /* [B, table_stride] address of page i of the row; 0: none */
+    const int64_t *twin; /* [B, table_stride] address of its twin; 0: none */
+    int64_t table_stride;
+    int32_t *state;      /* [LK_STATE_HEADER + 3 * B] */
+    uint8_t *real;       /* [B, real_stride] 1 where a column is a token of the row */
+    int64_t real_stride; /* columns that fit */
+    const int32_t *geom; /* [Hkv] each: n_kept; kept_off, dropped_off, v_off in bytes; then order as
+                          * uint8 [Hkv, D]: all as in lk_geom */
+    lk_dtype dtype;      /* LK_BF16 or LK_F16 */
+    int32_t n_rows, n_heads, head_dim;
+    int32_t sink, recent, slack; /* beyond INT32_MAX / 4 they mean the same as that */
+    int32_t max_tokens;          /* tokens of a row that the tables have pages for */
+} lk_cuda_layer;
+
+/* Bytes of geom for a layer, and its contents for the mask keep [Hkv, D] (host memory, non-zero = kept).
+ * page_bytes, twin_bytes: one page and one twin. LK_E_SHAPE, LK_E_VALUE as lk_mask_check. */
+size_t lk_cuda_geom_bytes(int32_t n_heads, int32_t head_dim);
+lk_status lk_cuda_geom(const uint8_t *keep, int32_t n_heads, int32_t head_dim, int32_t *geom,
+                       size_t *page_bytes, size_t *twin_bytes);
+
+/* -------------------------------------------------------------------------------------- attend (decode.cu) */
+
+/* One step of one token per row: the token's K and V are stored, its query attends, then lengths, lo and the columns
+ * advance. With k = NULL nothing is stored or advanced: the query is that of each row's last token.
+ *   q [B, Hq, D], k and v [B, Hkv, D], last axis contiguous; o [B, Hq, D] contiguous, written in full
+ *   lse [B, Hq] natural logarithm, or NULL; -inf where nothing was attended to (o is 0 there)
+ *   valid [B] non-zero = this column is a token of the row; NULL = all. o of a padding row is 0.
+ *   sinks [Hq] f32: logits of one more key per head without a value (GPT-OSS), or NULL
+ *   softcap > 0: logits become softcap * tanh(logit / softcap)
+ *   q rows are 16-byte aligned; work: lk_cuda_attend_work_bytes, zeroed once; kernels leave its counters at 0
+ * Bytes read: (D + Dk[g]) * 2 per token of a live head, 2 * 2 * D per window token otherwise.
+ * The work is cut into chunks (plan.h) that blocks take as they get to them. States of a (row, head) that several
+ * chunks cover are merged by the block that finishes last, in the order of the chunks, so that two runs agree bit for bit.
+ * LK_E_SHAPE: sizes that no kernel is built for; LK_E_DEVICE: CUDA refused the launch, *cuda_error says why. */
+typedef struct {
+    const lk_cuda_layer *layer;
+    const void *q, *k, *v;
+    int64_t q_stride[2], k_stride[2], v_stride[2]; /* b and head, in elements */
+    void *o;
+    float *lse;
+    const uint8_t *valid;
+    const float *sinks;
+    int32_t n_q_heads;
+    float scale, softcap;
+    void *work;
+    int32_t n_blocks, smem_bytes; /* as given by lk_cuda_device */
+    void *stream;
+    int32_t *cuda_error;
+} lk_cuda_attend_args;
+
+/* Of head dims up to head_dim and up to r query heads per KV head. Launches that follow each other may share it. */
+size_t lk_cuda_attend_work_bytes(int32_t head_dim, int32_t r, int32_t n_blocks);
+lk_status lk_cuda_attend(const lk_cuda_attend_args *args);
+
+/* The parts that a launch would have, for tests: each is (chunk, row, head, first tile, end tile), at most `room` of
+ * them are written, the number of all is returned. end, full_lo [B] as decode_plan.cuh finds them; host memory. */
+int64_t lk_cuda_plan_parts(const int32_t *end, const int32_t *full_lo, int32_t n_rows,
+                           const int32_t *n_kept, int32_t n_heads, int32_t head_dim, int32_t sink,
+                           int32_t n_blocks, int32_t (*parts)[5], int64_t room);
+
+/* -------------------------------------------------------------------------------------- append (append.cu) */
+
+/* Append T columns and settle: for K and V that nobody attends to through lk_cuda_attend (a prompt).
+ *   k and v [B, Hkv, T, D], last axis contiguous; strides b, head, t in elements
+ *   valid [B, T] contiguous or NULL; position [B, T] int32 scratch
+ *   columns_before: columns stored now, which the host knows (a call that brings a prompt is not captured)
+ *   Dropped channels that would retire at once are not stored. */
+typedef struct {
+    const lk_cuda_layer *layer;
+    const void *k, *v;
+    int64_t k_stride[3], v_stride[3];
+    const uint8_t *valid;
+    int32_t *position;
+    int32_t n_columns, columns_before;
+    void *stream;
+    int32_t *cuda_error;
+} lk_cuda_append_args;
+
+lk_status lk_cuda_append(const lk_cuda_append_args *args);
+
+/* Keep the first n_columns columns (at most what is stored); 0 makes every row empty, with a new prompt to come. */
+lk_status lk_cuda_crop(const lk_cuda_layer *layer, int32_t n_columns, void *stream,
+                       int32_t *cuda_error);
+
+/* ------------------------------------------------------------------------------------- gather (gather.cu) */
+
+/* Back to dense: k and v [Hkv, n_tokens, D] contiguous of one row, NaN where nothing is stored any more. */
+lk_status lk_cuda_gather(const lk_cuda_layer *layer, int32_t row, int32_t n_tokens, void *k,
+                         void *v, void *stream, int32_t *cuda_error);
+
+/* ------------------------------------------------------------------------------------ devices (device.cu) */
+
+typedef struct {
+    int32_t major, minor; /* compute capability */
+    int32_t n_blocks;     /* multiprocessors: blocks of an attend launch */
+    int32_t smem_bytes;   /* shared memory that one block may have */
+} lk_cuda_device;
+
+/* Number of devices that the driver shows; 0 without a driver. */
+int32_t lk_cuda_device_count(void);
+/* LK_E_DEVICE: there is no such device. */
+lk_status lk_cuda_device_info(int32_t device, lk_cuda_device *out);
+/* CUDA's words for *cuda_error; never NULL. */
+const char *lk_cuda_error_text(int32_t cuda_error);
+/* What was built, as "sm_80,sm_90,compute_90". */
+const char *lk_cuda_built(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,80 @@
+from typing import TypedDict
+
+MAX_R: int
+MAX_UNITS: int
+STATE_HEADER: int
+STATE_OPEN: int
+HEAD_DIMS: tuple[int, ...]
+
+class DeviceInfo(TypedDict):
+    capability: tuple[int, int]
+    n_blocks: int
+    smem_bytes: int
+
+class Layer:
+    """Addresses and sizes of one layer's cache on a device; it owns nothing."""
+
+    def __init__(
+        self,
+        *,
+        page: int,
+        twin: int,
+        table_stride: int,
+        state: int,
+        real: int,
+        real_stride: int,
+        geom: int,
+        dtype: str,
+        n_rows: int,
+        n_heads: int,
+        head_dim: int,
+        sink: int,
+        recent: int,
+        slack: int,
+        max_tokens: int,
+    ) -> None: ...
+
+def attend(
+    layer: Layer,
+    *,
+    q: int,
+    q_stride: tuple[int, int],
+    k: int | None,
+    k_stride: tuple[int, int],
+    v: int | None,
+    v_stride: tuple[int, int],
+    o: int,
+    lse: int | None,
+    valid: int | None,
+    sinks: int | None,
+    n_q_heads: int,
+    scale: float,
+    softcap: float,
+    work: int,
+    n_blocks: int,
+    smem_bytes: int,
+    stream: int,
+) -> None: ...
+def append(
+    layer: Layer,
+    *,
+    k: int,
+    k_stride: tuple[int, int, int],
+    v: int,
+    v_stride: tuple[int, int, int],
+    valid: int | None,
+    position: int,
+    n_columns: int,
+    columns_before: int,
+    stream: int,
+) -> None: ...
+def crop(layer: Layer, n_columns: int, stream: int, /) -> None: ...
+def gather(layer: Layer, row: int, n_tokens: int, k: int, v: int, stream: int, /) -> None: ...
+def geometry(keep: bytes, n_heads: int, head_dim: int, /) -> tuple[bytes, int, int]: ...
+def attend_work_bytes(head_dim: int, r: int, n_blocks: int, /) -> int: ...
+def plan_parts(
+    end: bytes, full_lo: bytes, n_kept: bytes, head_dim: int, sink: int, n_blocks: int, /
+) -> list[tuple[int, int, int, int, int]]: ...
+def device_count() -> int: ...
+def device_info(device: int, /) -> DeviceInfo: ...
+def built() -> str: ...
