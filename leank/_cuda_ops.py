@@ -1,0 +1,181 @@
+"""The CUDA kernels as torch operators, so that torch.compile can trace through them.
+
+Each names the buffers that it changes: the slab that holds pages and twins, the state (lengths),
+the bitmap of real columns, the workspace. Arguments were checked by leank.cuda.
+"""
+
+import functools
+
+import torch
+
+try:
+    from leank import _cuda
+except ImportError as error:
+    raise ImportError(
+        "leank was built without CUDA: install it where nvcc is found, with LEANK_CUDA=1"
+    ) from error
+
+_LIBRARY = torch.library.Library("leank", "DEF")
+_LIBRARY.define(
+    "attend(Tensor q, Tensor? k, Tensor? v, Tensor? valid, Tensor? sinks, Tensor(a!) slab, "
+    "Tensor(b!) state, Tensor(c!) real, Tensor(d!) work, Tensor table, Tensor geom, int[] limits, "
+    "float scale, float softcap, bool return_lse) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "append(Tensor k, Tensor v, Tensor? valid, Tensor(a!) slab, Tensor(b!) state, "
+    "Tensor(c!) real, Tensor table, Tensor geom, int columns_before, int[] limits) -> ()"
+)
+_LIBRARY.define(
+    "crop(Tensor(a!) slab, Tensor(b!) state, Tensor(c!) real, Tensor table, Tensor geom, "
+    "int n_columns, int[] limits) -> ()"
+)
+ops = torch.ops.leank
+
+
+@functools.cache
+def _device_info(device: int) -> dict:
+    return _cuda.device_info(device)
+
+
+@functools.cache
+def workspace(device: int) -> torch.Tensor:
+    """Return the workspace of attend launches on a device, which its caches share.
+
+    Launches on one stream follow each other, so that they may share it; caches that are used on
+    several streams at the same time may not.
+    """
+    n_bytes = _cuda.attend_work_bytes(
+        max(_cuda.HEAD_DIMS), _cuda.MAX_R, _device_info(device)["n_blocks"]
+    )
+    return torch.zeros(n_bytes, dtype=torch.uint8, device=torch.device("cuda", device))
+
+
+def layer_arguments(
+    tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, limits: list[int]
+) -> dict[str, object]:
+    """Return the arguments of _cuda.Layer for (state, real, table, geom) and the limits.
+
+    limits : sink, recent, slack, max_tokens
+    """
+    state, real, table, geom = tensors
+    n_rows = table.shape[1]
+    page = table.data_ptr()
+    return {
+        "page": page,
+        "twin": page + table.stride(0) * 8,
+        "table_stride": table.stride(1),
+        "state": state.data_ptr(),
+        "real": real.data_ptr(),
+        "real_stride": real.stride(0),
+        "geom": geom.data_ptr(),
+        "dtype": "bfloat16" if dtype == torch.bfloat16 else "float16",
+        "n_rows": n_rows,
+        "sink": limits[0],
+        "recent": limits[1],
+        "slack": limits[2],
+        "max_tokens": limits[3],
+    }
+
+
+def _pointer(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _stride(x: torch.Tensor | None, n_axes: int) -> tuple[int, ...]:
+    return (0,) * n_axes if x is None else x.stride()[:n_axes]
+
+
+def _check_aligned(**tensors: torch.Tensor | None) -> None:
+    """Rows are copied 16 bytes at a time."""
+    for name, x in tensors.items():
+        if x is not None and (x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) % 8):
+            raise ValueError(
+                f"{name}: expected rows that begin at multiples of 16 bytes, got strides "
+                f"{x.stride()} from address {x.data_ptr() % 16} modulo 16"
+            )
+
+
+def _attend(
+    q, k, v, valid, sinks, slab, state, real, work, table, geom, limits, scale, softcap, return_lse
+):
+    _check_aligned(q=q, k=k, v=v)
+    n_rows, n_q_heads, _, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(
+        (n_rows, n_q_heads, 1) if return_lse else (0,), dtype=torch.float32, device=q.device
+    )
+    arguments = layer_arguments((state, real, table, geom), q.dtype, limits)
+    info = _device_info(q.device.index)
+    with torch.cuda.device(q.device):
+        _cuda.attend(
+            _cuda.Layer(**arguments, head_dim=head_dim, n_heads=geom.numel() // (16 + head_dim)),
+            q=q.data_ptr(),
+            q_stride=_stride(q, 2),
+            k=_pointer(k),
+            k_stride=_stride(k, 2),
+            v=_pointer(v),
+            v_stride=_stride(v, 2),
+            o=out.data_ptr(),
+            lse=lse.data_ptr() if return_lse else None,
+            valid=_pointer(valid),
+            sinks=_pointer(sinks),
+            n_q_heads=n_q_heads,
+            scale=scale,
+            softcap=softcap,
+            work=work.data_ptr(),
+            n_blocks=info["n_blocks"],
+            smem_bytes=info["smem_bytes"],
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return out, lse
+
+
+def _append(k, v, valid, slab, state, real, table, geom, columns_before, limits):
+    n_rows, n_heads, n_columns, head_dim = k.shape
+    position = torch.empty(n_rows, n_columns, dtype=torch.int32, device=k.device)
+    arguments = layer_arguments((state, real, table, geom), k.dtype, limits)
+    with torch.cuda.device(k.device):
+        _cuda.append(
+            _cuda.Layer(**arguments, head_dim=head_dim, n_heads=n_heads),
+            k=k.data_ptr(),
+            k_stride=_stride(k, 3),
+            v=v.data_ptr(),
+            v_stride=_stride(v, 3),
+            valid=_pointer(valid),
+            position=position.data_ptr(),
+            n_columns=n_columns,
+            columns_before=columns_before,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def _crop(slab, state, real, table, geom, n_columns, limits):
+    arguments = layer_arguments((state, real, table, geom), torch.bfloat16, limits)
+    with torch.cuda.device(state.device):
+        # Which channels are kept makes no difference to a crop.
+        layer = _cuda.Layer(**arguments, head_dim=64, n_heads=1)
+        _cuda.crop(layer, n_columns, torch.cuda.current_stream().cuda_stream)
+
+
+for _name, _function in (("attend", _attend), ("append", _append), ("crop", _crop)):
+    _LIBRARY.impl(_name, _function, "CUDA")
+
+
+@torch.library.register_fake("leank::attend", lib=_LIBRARY)
+def _attend_fake(
+    q, k, v, valid, sinks, slab, state, real, work, table, geom, limits, scale, softcap, return_lse
+):
+    lse_shape = (q.shape[0], q.shape[1], 1) if return_lse else (0,)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        lse_shape, dtype=torch.float32
+    )
+
+
+@torch.library.register_fake("leank::append", lib=_LIBRARY)
+def _append_fake(k, v, valid, slab, state, real, table, geom, columns_before, limits):
+    return None
+
+
+@torch.library.register_fake("leank::crop", lib=_LIBRARY)
+def _crop_fake(slab, state, real, table, geom, n_columns, limits):
+    return None

@@ -1,0 +1,270 @@
+"""leank.cuda.LayerCache: torch.compile and CUDA graphs, limits, memory, large sizes, errors."""
+
+import numpy as np
+import pytest
+
+from leank import _C
+
+from .conftest import random_keep
+from .cuda_tools import make, needs_gpu, torch
+
+pytestmark = needs_gpu
+
+WIDTHS = (0, 16, 40, 128)
+WINDOW = {"sink": 10, "recent": 40, "slack": 20}
+
+
+def keep_of(widths=WIDTHS, D=128):
+    return random_keep(np.random.default_rng(7), D, widths)
+
+
+def filled(length=300, n_rows=2, max_tokens=None, keep=None):
+    """Return a cache with a prompt; the same contents on every call."""
+    keep = keep_of() if keep is None else keep
+    cache = make(keep, "bfloat16", n_rows=n_rows, max_tokens=max_tokens or length + 70, **WINDOW)
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (n_rows, len(keep), length, keep.shape[1])
+    k, v = (
+        torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in "kv"
+    )
+    cache.append(k, v)
+    return cache
+
+
+def column(cache, R=4, seed=2):
+    """Return q, k and v of one column."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = [(cache.n_rows, cache.n_heads * r, 1, cache.head_dim) for r in (R, 1, 1)]
+    return [
+        torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for shape in shapes
+    ]
+
+
+def contents(cache):
+    rows = [x.view(torch.int16).clone() for b in range(cache.n_rows) for x in cache.gather(b)]
+    return rows, cache.n_columns, cache.lengths.tolist(), cache.lo.tolist()
+
+
+def assert_equal_contents(one, other):
+    assert one[1:] == other[1:]
+    for x, y in zip(one[0], other[0], strict=True):
+        assert torch.equal(x, y)
+
+
+# ------------------------------------------------------------------------------ compile and graphs
+
+
+def test_compiled_step_equals_eager():
+    from leank.cuda import decode
+
+    eager, compiled = filled(), filled()
+
+    @torch.compile(fullgraph=True)
+    def step(q, k, v):
+        return decode(compiled, q * 2, k, v) + 1
+
+    for i in range(3):
+        q, k, v = column(eager, seed=i)
+        assert torch.equal(step(q, k, v), decode(eager, q * 2, k, v) + 1)
+    assert_equal_contents(contents(compiled), contents(eager))
+
+
+def test_compiled_step_clones_no_pages():
+    from leank.cuda import decode
+
+    cache = filled(length=100, n_rows=8, max_tokens=16384)
+    assert cache.slab.numel() > 200 << 20
+
+    @torch.compile(fullgraph=True)
+    def step(q, k, v):
+        return decode(cache, q, k, v)
+
+    q, k, v = column(cache)
+    step(q, k, v)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        step(q, k, v)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    assert cache.lengths.tolist() == [104] * 8
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_replayed_steps_equal_eager(compiled):
+    """A captured step goes on from whatever is stored, and its replays allocate nothing."""
+    from leank.cuda import decode
+
+    eager, cache = filled(), filled()
+
+    def step(q, k, v):
+        return decode(cache, q, k, v)
+
+    run = torch.compile(step, fullgraph=True) if compiled else step
+    inputs = column(cache)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    cache.crop(300)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(*inputs)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for i in range(70):
+        new = column(cache, seed=i)
+        for x, y in zip(inputs, new, strict=True):
+            x.copy_(y)
+        graph.replay()
+        assert torch.equal(out, decode(eager, *new))
+    del new, x, y
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    assert_equal_contents(contents(cache), contents(eager))
+
+
+# ------------------------------------------------------------------------------------------- limits
+
+
+def test_columns_beyond_the_limit_are_refused():
+    from leank.cuda import decode
+
+    cache = filled(length=300, max_tokens=301)
+    q, k, v = column(cache)
+    before = contents(cache)
+    with pytest.raises(ValueError, match="at most max_tokens = 301 columns, got 300 \\+ 2"):
+        cache.append(torch.cat([k, k], 2), torch.cat([v, v], 2))
+    assert_equal_contents(contents(cache), before)
+    decode(cache, q, k, v)
+    before = contents(cache)
+    with pytest.raises(ValueError, match="got 301 \\+ 1"):
+        decode(cache, q, k, v)
+    assert_equal_contents(contents(cache), before)
+
+
+def test_a_replay_beyond_the_limit_writes_nothing_and_is_reported():
+    from leank.cuda import decode
+
+    cache = filled(length=300, max_tokens=302)
+    inputs = column(cache)
+    graph = torch.cuda.CUDAGraph()
+    decode(cache, *inputs)
+    cache.crop(300)
+    with torch.cuda.graph(graph):
+        out = decode(cache, *inputs)
+    for _ in range(2):
+        graph.replay()
+    assert out.any()
+    cache.check()
+    slab = cache.slab.clone()
+    graph.replay()
+    assert torch.equal(cache.slab, slab)
+    assert not out.any()
+    with pytest.raises(RuntimeError, match="went past max_tokens = 302"):
+        cache.check()
+    cache.crop(300)
+    cache.check()
+
+
+def test_memory_is_that_of_a_reserved_cpu_cache():
+    cache = filled(length=300, max_tokens=3000)
+    told = _C.predict_memory(
+        cache.keep, np.array([0, 0]), dtype="bfloat16", max_tokens=3000, **WINDOW
+    )
+    memory = cache.memory()
+    assert {key: memory[key] for key in told} == told | {"slab_bytes": cache.slab.numel()}
+    assert cache.slab.numel() == told["total_bytes"]
+
+
+def test_more_than_two_to_the_31_elements():
+    """Addresses in a slab of 4.3 GB; the truth is dense attention in float64."""
+    from leank.cuda import LayerCache, decode
+
+    length, D = 2**20 + 100, 128
+    cache = LayerCache(np.ones((8, D), bool), n_rows=1, max_tokens=length, **WINDOW)
+    assert cache.slab.numel() // 2 > 2**31
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def draw(n):
+        shape = (1, 8, n, D)
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    rows = []
+    for first in range(0, length - 1, 2**17):
+        n = min(2**17, length - 1 - first)
+        k, v = draw(n), draw(n)
+        cache.append(k, v)
+        rows.append((k[0, 7].clone(), v[0, 7].clone()))
+    k, v = draw(1), draw(1)
+    rows.append((k[0, 7], v[0, 7]))
+    q = draw(1)
+    out = decode(cache, q, k, v)
+    k64, v64 = (torch.cat(x).double() for x in zip(*rows, strict=True))
+    truth = torch.softmax(k64 @ q[0, 7, 0].double() / D**0.5, 0) @ v64
+    torch.testing.assert_close(out[0, 7, 0].double(), truth, rtol=2e-2, atol=2e-4)
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dtype": torch.float32}, "dtype: expected torch.bfloat16 or torch.float16"),
+        ({"n_rows": 0}, "n_rows: expected 1 to 65535"),
+        ({"max_tokens": 0}, "max_tokens: expected 1 to"),
+        ({"keep": np.ones((2, 40), bool)}, "keep: expected a head dim of"),
+        ({"keep": np.eye(2, 128, dtype=bool)}, "multiple of 8 channels"),
+        ({"device": "cpu"}, "device: expected a CUDA device, got cpu"),
+        ({"sink": -1}, "sink: expected at least 0"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    from leank.cuda import LayerCache
+
+    options = {"keep": keep_of(), "n_rows": 2, "max_tokens": 100, **WINDOW} | options
+    with pytest.raises(ValueError, match=message):
+        LayerCache(options.pop("keep"), **options)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda q, k, v: (q.half(), k, v), TypeError, "q: expected torch.bfloat16"),
+        (lambda q, k, v: (q, k[:1], v), ValueError, "k: expected \\(2, 4, 1, 128\\)"),
+        (lambda q, k, v: (q, k, v.cpu()), ValueError, "v: expected device cuda"),
+        (lambda q, k, v: (q[:, :-1], k, v), ValueError, "q: expected a multiple of 4"),
+        (lambda q, k, v: (q, k, None), ValueError, "k, v: expected both or neither"),
+        (
+            lambda q, k, v: (q[..., :1].expand(-1, -1, -1, 128), k, v),
+            ValueError,
+            "q: expected a contiguous last axis",
+        ),
+    ],
+)
+def test_bad_inputs_are_named_and_change_nothing(change, error, message):
+    from leank.cuda import decode
+
+    cache = filled()
+    before = contents(cache)
+    with pytest.raises(error, match=message):
+        decode(cache, *change(*column(cache)))
+    assert_equal_contents(contents(cache), before)
+
+
+def test_rows_that_are_not_aligned_are_refused():
+    from leank.cuda import decode
+
+    cache = filled()
+    q, k, v = column(cache)
+    shifted = torch.cat([k.flatten()[:1], k.flatten()])[1:].view_as(k)
+    before = contents(cache)
+    with pytest.raises(ValueError, match="k: expected rows that begin at multiples of 16 bytes"):
+        decode(cache, q, shifted, v)
+    assert_equal_contents(contents(cache), before)
+    decode(cache, q, k, v)
+    assert cache.n_columns == 301
