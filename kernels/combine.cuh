@@ -1,0 +1,11 @@
+/* combine.cuh: declares what merges the parts of units; see combine.cu. */
+#ifndef LEANK_COMBINE_CUH
+#define LEANK_COMBINE_CUH
+
+#include "decode_shape.cuh"
+
+/* n_blocks: those of the decode launch before it. */
+lk_status launch_combine(const decode_params &p, int32_t n_blocks, cudaStream_t stream,
+                         int32_t *cuda_error);
+
+#endif
