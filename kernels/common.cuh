@@ -64,27 +64,8 @@ __device__ __forceinline__ void named_barrier(int id, int n_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
-/* How to launch a kernel whose blocks may come before the kernel ahead of them has ended (and then wait for it, see
- * below), which hides the time that a launch takes. What was not built for sm_90 does not wait, and comes after it. */
-template <typename Kernel>
-static inline cudaLaunchConfig_t early_launch(Kernel kernel, dim3 grid, int n_threads,
-                                              size_t smem_bytes, cudaStream_t stream,
-                                              cudaLaunchAttribute *attribute) {
-    attribute->id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute->val.programmaticStreamSerializationAllowed = 1;
-    cudaFuncAttributes built = {};
-    (void)cudaFuncGetAttributes(&built, kernel); /* a failure shows in the launch */
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3((unsigned)n_threads);
-    config.dynamicSmemBytes = smem_bytes;
-    config.stream = stream;
-    config.attrs = attribute;
-    config.numAttrs = built.ptxVersion >= 90;
-    return config;
-}
-
-/* What earlier kernels wrote is there after this. */
+/* A launch with programmatic serialization may begin while the kernel before it ends; what that kernel wrote is there
+ * after this. */
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if LK_BULK_COPY
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -96,6 +77,16 @@ __device__ __forceinline__ void let_next_kernel_come() {
 #if LK_BULK_COPY
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+/* Add to a counter; what the block's threads wrote before a barrier is seen by whoever reads the sum, and the reverse. */
+__device__ __forceinline__ int32_t add_and_order(int32_t *counter, int32_t n) {
+    int32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(n)
+                 : "memory");
+    return before;
 }
 
 /* ---------------------------------------------------------------------------------------------- async copies */

@@ -7,7 +7,7 @@
  *   a softmax state of its own. Tokens are the rows of the first product and query heads its columns, so that R <= 8
  *   heads (16 in two column tiles) cost one pass over K and V;
  *   the others help: they bring the next part's q into the order of its operands, and merge the warps' states of the last
- *   part. Units that are cut into several parts are merged by combine.cu. */
+ *   part. Parts of one unit are merged by the blocks that finish last. */
 #ifndef LEANK_DECODE_CUH
 #define LEANK_DECODE_CUH
 
@@ -133,15 +133,26 @@ static lk_status launch_decode(decode_params *p, int32_t n_blocks, int32_t smem_
     p->n_stages = n_stages < LK_MAX_STAGES ? (int32_t)n_stages : LK_MAX_STAGES;
     const size_t bytes = fixed + (size_t)p->n_stages * shape::STAGE_BYTES;
     const auto kernel = decode_kernel<T, D, COLUMN_TILES>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    cudaFuncAttributes built;
+    cudaError_t error = cudaFuncGetAttributes(&built, kernel);
+    if (error == cudaSuccess)
+        error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (error != cudaSuccess) {
         *cuda_error = (int32_t)error;
         return LK_E_DEVICE;
     }
+    /* Blocks may come before the kernel ahead of them has ended, and wait for it: what was built for sm_90 can. */
     cudaLaunchAttribute early = {};
-    const cudaLaunchConfig_t config =
-        early_launch(kernel, dim3((unsigned)n_blocks), shape::THREADS, bytes, stream, &early);
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)n_blocks);
+    config.blockDim = dim3(shape::THREADS);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = built.ptxVersion >= 90;
     (void)cudaLaunchKernelEx(&config, kernel, *p); /* its error is the last error */
     return lk_cuda_launched(stream, cuda_error);
 }

@@ -186,9 +186,7 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
     __device__ __forceinline__ void run() {
         sum_rows(s.row_base, p.layer.n_rows, lane);
         __syncwarp();
-        const uint32_t total = s.row_base[p.layer.n_rows];
-        if (blockIdx.x == 0 && lane == 0) *p.total = total;
-        const lk_cut cut = lk_cut_make(total, gridDim.x, D);
+        const lk_cut cut = lk_cut_make(s.row_base[p.layer.n_rows], gridDim.x, D);
         const int32_t n_chunks = cut.n_blocks * cut.n_chunks;
         for (int32_t taken = blockIdx.x; taken < n_chunks;) {
             const int32_t chunk = lk_cut_chunk_taken(&cut, taken);

@@ -57,7 +57,7 @@ __device__ __forceinline__ void finish_launch(const decode_params &p, int lane) 
     const lk_cuda_layer &layer = p.layer;
     int32_t n_before = 0;
     let_next_kernel_come();
-    if (lane == 0) n_before = atomicAdd(&p.counters[1], 1);
+    if (lane == 0) n_before = add_and_order(&p.counters[1], 1);
     n_before = __shfl_sync(LK_ALL, n_before, 0);
     if (n_before != (int32_t)gridDim.x - 1) return;
     if (lane == 0) p.counters[0] = p.counters[1] = 0;

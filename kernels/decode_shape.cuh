@@ -35,15 +35,13 @@ typedef struct {
     const float *sinks;
     int32_t r, n_stages;
     float scale, softcap;
-    /* The workspace:
-     *   counters [2]            chunks taken beyond one per block; blocks that took their last; 0 between launches
-     *   total                   cost of the launch
-     *   unit_place [B * Hkv]    costs at which a unit's first and last tile begin
-     *   states [2 * chunks]     part_floats each: parts that are not whole units */
-    int32_t *counters;
-    uint32_t *total;
-    uint2 *unit_place;
-    float *states;
+    /* The workspace. Counters are 0 between launches:
+     *   counters [2]              chunks taken beyond one per block; blocks that took their last
+     *   share_tiles [2 * blocks]  tiles that are done of the units that begin before, and in, a share
+     *   unit_tiles [B * Hkv]      tiles that are done of a unit
+     * States of parts, part_floats each: share_states [2 * blocks], chunk_states [2 * chunks]. */
+    int32_t *counters, *share_tiles, *unit_tiles;
+    float *share_states, *chunk_states;
 } decode_params;
 
 /* The part of a unit that is in one chunk, as the fetching warp hands it to the others. */
@@ -67,6 +65,7 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
     uint64_t *states_full, *states_empty;
     decode_part *part;              /* [2] */
     float *states;                  /* [COMPUTE_WARPS][R][STATE_FLOATS]: o, m, l */
+    int32_t *flag;                  /* what one thread finds out for the helpers */
     uint32_t *row_base;             /* [B + 1] cost of all rows before */
     int32_t *row_end, *row_full_lo; /* [B] */
     int32_t *n_kept;                /* [Hkv] */
@@ -88,8 +87,9 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
         states_empty = states_full + 1;
         part = reinterpret_cast<decode_part *>(full + N_BARRIERS);
         states = reinterpret_cast<float *>(part + 2);
-        row_base =
-            reinterpret_cast<uint32_t *>(states + shape::COMPUTE_WARPS * p.r * shape::STATE_FLOATS);
+        flag =
+            reinterpret_cast<int32_t *>(states + shape::COMPUTE_WARPS * p.r * shape::STATE_FLOATS);
+        row_base = reinterpret_cast<uint32_t *>(flag + 1);
         row_end = reinterpret_cast<int32_t *>(row_base + p.layer.n_rows + 1);
         row_full_lo = row_end + p.layer.n_rows;
         n_kept = row_full_lo + p.layer.n_rows;
@@ -102,7 +102,7 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
         return sizeof(T) * 2 * (r + 2) * D + sizeof(uint32_t) * 2 * shape::Q_WORDS +
                sizeof(uint64_t) * N_BARRIERS + sizeof(decode_part) * 2 +
                sizeof(float) * shape::COMPUTE_WARPS * r * shape::STATE_FLOATS +
-               sizeof(int32_t) * (1 + 3 * (size_t)p.layer.n_rows + n_heads) + n_heads * D;
+               sizeof(int32_t) * (2 + 3 * (size_t)p.layer.n_rows + n_heads) + n_heads * D;
     }
 
     /* By all threads, before anything else. */

@@ -90,7 +90,7 @@ LK_PLAN int32_t lk_unit_first_tile(const lk_unit *u, uint32_t base, uint32_t cos
 
 #define LK_PLAN_HALVINGS 8 /* n, at most */
 /* Cost of the smallest chunks, about. Smaller ones pay more for their start and their merge. */
-#define LK_PLAN_LEAST_COST 96u
+#define LK_PLAN_LEAST_COST 192u
 
 typedef struct {
     uint32_t total, quantum;
