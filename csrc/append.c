@@ -131,17 +131,27 @@ static lk_status plan_rows(const lk_cache *cache, const lk_span *span, bool sett
 /* ------------------------------------------------------------------------------------------- write */
 
 /* Move a new item into the table. What it takes the place of, a shared item or none, is copied and kept for undo. */
-static void place(lk_cache *cache, lk_page **entry, lk_page **item, size_t item_bytes) {
-    if (*entry && item_bytes) memcpy((*item)->data, (*entry)->data, item_bytes);
+static void place(lk_cache *cache, lk_page **entry, lk_page **item, const size_t *off) {
+    for (int32_t g = 0; *entry && g < cache->geom->n_heads; g++) {
+        unsigned char *to = lk_region(*item, off, g);
+        if (to) memcpy(to, lk_region(*entry, off, g), off[g + 1] - off[g]);
+    }
     cache->replaced[cache->n_replaced++] = (lk_replaced){.entry = entry, .old = *entry};
     *entry = *item;
     *item = NULL;
 }
 
+static void prefetch_head(const lk_geom *geom, int32_t g, int64_t slot, const lk_page *page,
+                          const lk_page *twin) {
+    lk_pack_prefetch(geom, g, slot, lk_region(page, geom->page_off, g),
+                     twin ? lk_region(twin, geom->twin_off, g) : NULL);
+}
+
 static void pack_row_head(const lk_cache *cache, const lk_span *span, const row_plan *plan,
                           int64_t b, int32_t g) {
     const lk_row *row = &cache->row[b];
-    const size_t elem = cache->geom->elem_bytes;
+    const lk_geom *geom = cache->geom;
+    const size_t elem = geom->elem_bytes;
     lk_run run = {
         .k = (const unsigned char *)span->k +
              (ptrdiff_t)elem * (b * span->k_stride[0] + g * span->k_stride[1]),
@@ -155,13 +165,13 @@ static void pack_row_head(const lk_cache *cache, const lk_span *span, const row_
         run.slot = position % LK_PAGE_TOKENS;
         run.n_tokens = lk_min(plan->n_new - done, LK_PAGE_TOKENS - run.slot);
         run.column = plan->column + done;
-        unsigned char *twin = twin_wanted(cache->geom, plan, i) ? row->twin[i]->data : NULL;
+        const lk_page *twin = twin_wanted(geom, plan, i) ? row->twin[i] : NULL;
         if (run.n_tokens == 1) {
-            if (g == 0) lk_pack_prefetch(cache->geom, 0, run.slot, row->page[i]->data, twin);
-            if (g + 1 < cache->geom->n_heads)
-                lk_pack_prefetch(cache->geom, g + 1, run.slot, row->page[i]->data, twin);
+            if (g == 0) prefetch_head(geom, 0, run.slot, row->page[i], twin);
+            if (g + 1 < geom->n_heads) prefetch_head(geom, g + 1, run.slot, row->page[i], twin);
         }
-        lk_pack_store(cache->geom, g, &run, row->page[i]->data, twin);
+        lk_pack_store(geom, g, &run, lk_region(row->page[i], geom->page_off, g),
+                      twin ? lk_region(twin, geom->twin_off, g) : NULL);
     }
 }
 
@@ -174,8 +184,8 @@ static void place_items(lk_cache *cache, lk_row *row, const row_plan *plan, lk_p
         const bool new_twin = twin_wanted(geom, plan, i) && needs_item(row->twin, row, i);
         lk_page ***twins = &twin[twin_kind(geom, plan, i)];
         if (i < row->n_pages) {
-            if (new_page) place(cache, &row->page[i], (*page)++, geom->page_bytes);
-            if (new_twin) place(cache, &row->twin[i], (*twins)++, geom->twin_bytes);
+            if (new_page) place(cache, &row->page[i], (*page)++, geom->page_off);
+            if (new_twin) place(cache, &row->twin[i], (*twins)++, geom->twin_off);
             continue;
         }
         row->page[i] = *(*page);

@@ -31,8 +31,9 @@ lk_status lk_cache_gather(const lk_cache *cache, int64_t b, void *k, void *v) {
         for (int64_t i = 0; i < row->n_pages; i++) {
             const int64_t base = i * LK_PAGE_TOKENS;
             const int64_t n = lk_min(LK_PAGE_TOKENS, row->len - base);
-            const unsigned char *page = row->page[i]->data;
-            const unsigned char *twin = row->twin[i] ? row->twin[i]->data : NULL;
+            const unsigned char *page = lk_region(row->page[i], geom->page_off, g);
+            const unsigned char *twin =
+                row->twin[i] ? lk_region(row->twin[i], geom->twin_off, g) : NULL;
             /* Slots [from, to) are middle: what a twin may still hold of them does not count as stored. */
             const int64_t from = lk_max(0, lk_min(geom->sink - base, n));
             const int64_t to = lk_max(from, lk_min(row->lo - base, n));

@@ -218,14 +218,12 @@ LK_INLINE lk_tile tile_at(const lk_job *job, int64_t page, int64_t first_full, i
     lk_tile t = {NULL, NULL, NULL};
     if (first >= end) return t;
     if (n_kept > 0) {
-        const unsigned char *data = job->page[page]->data;
-        t.kept = data + geom->kept_off[job->head];
-        t.v = data + geom->v_off[job->head];
+        t.kept = lk_region(job->page[page], geom->page_off, job->head);
+        t.v = t.kept + geom->v_off[job->head];
     }
     if (window && n_kept < geom->head_dim && job->twin[page]) {
-        const unsigned char *data = job->twin[page]->data;
-        t.dropped = data + geom->dropped_off[job->head];
-        if (n_kept == 0) t.v = data + geom->v_off[job->head];
+        t.dropped = lk_region(job->twin[page], geom->twin_off, job->head);
+        if (n_kept == 0) t.v = t.dropped + geom->v_off[job->head];
     }
     return t;
 }

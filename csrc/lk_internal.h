@@ -71,8 +71,10 @@ bool lk_poison_on(void);
  *   V block, in slices of up to 64 value indices (w of them, the first is d0):
  *                          [P/G][w][G]:    element (j, d) at d0*P + ((j/G)*w + d - d0)*G + j%G
  * Slices make a pass over 64 value indices of all tokens, which is what registers hold, read V in memory order.
- * A page holds, for each head with Dk[g] > 0, its kept K block, then its V block.
- * A twin holds, for each head, the K block of its dropped channels; for an empty head then its V block.
+ * The region of a head in a page, if Dk[g] > 0: its kept K block, then its V block.
+ * The region of a head in a twin: the K block of its dropped channels; for an empty head then its V block.
+ * A slab of n items holds all regions of the first head, then all of the next: what a pass over the tokens of one head
+ * reads lies in one piece, which the CPU's prefetchers follow.
  * Unused slots of a page hold anything: what was there before, what a cropped token left, NaN under lk_test_poison. */
 typedef struct lk_geom {
     lk_dtype dtype;
@@ -82,23 +84,29 @@ typedef struct lk_geom {
     size_t page_bytes, twin_bytes;     /* twin_bytes is 0 when every head keeps everything */
     size_t page_k_bytes, twin_k_bytes; /* the K part of each */
     int32_t *n_kept;                   /* [Hkv] Dk */
-    int32_t *order;      /* [Hkv, D] kept channels ascending, then dropped ones ascending */
-    size_t *kept_off;    /* [Hkv] bytes into the page; heads with Dk = 0: unused */
-    size_t *dropped_off; /* [Hkv] bytes into the twin; heads with Dk = D: unused */
-    size_t *v_off;       /* [Hkv] bytes into the page, or into the twin where Dk = 0 */
+    int32_t *order;              /* [Hkv, D] kept channels ascending, then dropped ones ascending */
+    size_t *page_off, *twin_off; /* [Hkv + 1] bytes of the regions of all heads before this one */
+    size_t *v_off;               /* [Hkv] bytes from the start of the region that has V */
 } lk_geom;
 
 struct lk_slab;
 
-/* A page or a twin: its data never moves. refs counts the row tables and undo lists that hold it, over all copies of
+/* A page or a twin: its data never moves. Regions: slab_data and where in it, see lk_region. refs counts the row tables and undo lists that hold it, over all copies of
  * the cache. */
 typedef struct lk_page {
-    unsigned char *data;
+    unsigned char *slab_data;
+    size_t slab_items, slab_index;
     struct lk_slab *slab;
     atomic_int_fast32_t refs;
     uint64_t mark;             /* visit stamp of lk_cache_memory, under the pool lock */
     struct lk_page *next_free; /* while it is free */
 } lk_page;
+
+/* Region of head g in a page (off: page_off of the geometry) or in a twin (twin_off); NULL if it is empty. */
+static inline unsigned char *lk_region(const lk_page *page, const size_t *off, int32_t g) {
+    const size_t bytes = off[g + 1] - off[g];
+    return bytes ? page->slab_data + page->slab_items * off[g] + page->slab_index * bytes : NULL;
+}
 
 /* ------------------------------------------------------------------------------------------ cache.c */
 

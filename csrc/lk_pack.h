@@ -13,6 +13,8 @@ typedef struct {
     int64_t slot, n_tokens;
 } lk_run;
 
+/* Here `page` and `twin` are the regions of head g in them (lk_region); NULL where there is none. */
+
 /* Write a run of head g. twin NULL: dropped channels are not stored (nor V, if the head is empty). */
 void lk_pack_store(const lk_geom *geom, int32_t g, const lk_run *run, unsigned char *page,
                    unsigned char *twin);

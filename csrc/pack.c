@@ -55,11 +55,11 @@ LK_INLINE void store(const lk_geom *geom, int32_t g, const lk_run *run, unsigned
     const int32_t n_kept = geom->n_kept[g], n_dropped = geom->head_dim - n_kept;
     const int32_t *order = geom->order + (size_t)g * (size_t)geom->head_dim;
     if (n_kept > 0) {
-        store_k(page + geom->kept_off[g], run, order, n_kept, group, elem);
+        store_k(page, run, order, n_kept, group, elem);
         store_v(page + geom->v_off[g], run, geom->v_dim, group, elem);
     }
     if (!twin || n_dropped == 0) return;
-    store_k(twin + geom->dropped_off[g], run, order + n_kept, n_dropped, group, elem);
+    store_k(twin, run, order + n_kept, n_dropped, group, elem);
     if (n_kept == 0) store_v(twin + geom->v_off[g], run, geom->v_dim, group, elem);
 }
 
@@ -80,8 +80,8 @@ static void prefetch_k(const lk_geom *geom, unsigned char *block, int64_t n, int
 void lk_pack_prefetch(const lk_geom *geom, int32_t g, int64_t j, unsigned char *page,
                       unsigned char *twin) {
     const int32_t n_kept = geom->n_kept[g], n_dropped = geom->head_dim - n_kept;
-    if (n_kept > 0) prefetch_k(geom, page + geom->kept_off[g], n_kept, j);
-    if (twin && n_dropped > 0) prefetch_k(geom, twin + geom->dropped_off[g], n_dropped, j);
+    if (n_kept > 0) prefetch_k(geom, page, n_kept, j);
+    if (twin && n_dropped > 0) prefetch_k(geom, twin, n_dropped, j);
     unsigned char *with_v = n_kept > 0 ? page : twin;
     if (!with_v) return;
     unsigned char *v = with_v + geom->v_off[g];
@@ -114,12 +114,10 @@ void lk_pack_load(const lk_geom *geom, int32_t g, int64_t slot, int64_t n_tokens
     const int32_t n_kept = geom->n_kept[g], n_dropped = geom->head_dim - n_kept;
     const int32_t *order = geom->order + (size_t)g * (size_t)geom->head_dim;
     if (page && n_kept > 0) {
-        load_k(page + geom->kept_off[g], order, n_kept, geom->head_dim, slot, n_tokens, k, group,
-               elem);
+        load_k(page, order, n_kept, geom->head_dim, slot, n_tokens, k, group, elem);
         load_v(page + geom->v_off[g], geom->v_dim, slot, n_tokens, v, group, elem);
     }
     if (!twin || n_dropped == 0) return;
-    load_k(twin + geom->dropped_off[g], order + n_kept, n_dropped, geom->head_dim, slot, n_tokens,
-           k, group, elem);
+    load_k(twin, order + n_kept, n_dropped, geom->head_dim, slot, n_tokens, k, group, elem);
     if (n_kept == 0) load_v(twin + geom->v_off[g], geom->v_dim, slot, n_tokens, v, group, elem);
 }

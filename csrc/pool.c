@@ -24,8 +24,8 @@ struct lk_slab {
 static void geom_clear(lk_geom *geom) {
     lk_dealloc(geom->n_kept);
     lk_dealloc(geom->order);
-    lk_dealloc(geom->kept_off);
-    lk_dealloc(geom->dropped_off);
+    lk_dealloc(geom->page_off);
+    lk_dealloc(geom->twin_off);
     lk_dealloc(geom->v_off);
 }
 
@@ -58,11 +58,11 @@ static lk_status geom_init(lk_geom *geom, const lk_config *config) {
         .slack = config->slack,
         .n_kept = lk_alloc(n_heads, sizeof(int32_t)),
         .order = lk_alloc(n_heads * head_dim, sizeof(int32_t)),
-        .kept_off = lk_alloc(n_heads, sizeof(size_t)),
-        .dropped_off = lk_alloc(n_heads, sizeof(size_t)),
+        .page_off = lk_alloc(n_heads + 1, sizeof(size_t)),
+        .twin_off = lk_alloc(n_heads + 1, sizeof(size_t)),
         .v_off = lk_alloc(n_heads, sizeof(size_t)),
     };
-    if (!geom->n_kept || !geom->order || !geom->kept_off || !geom->dropped_off || !geom->v_off) {
+    if (!geom->n_kept || !geom->order || !geom->page_off || !geom->twin_off || !geom->v_off) {
         geom_clear(geom);
         return LK_E_NOMEM;
     }
@@ -75,15 +75,13 @@ static lk_status geom_init(lk_geom *geom, const lk_config *config) {
         const size_t kept_bytes = channel_bytes * (size_t)n_kept;
         const size_t dropped_bytes = channel_bytes * (head_dim - (size_t)n_kept);
         geom->n_kept[g] = n_kept;
-        geom->kept_off[g] = geom->page_bytes;
-        geom->dropped_off[g] = geom->twin_bytes;
-        geom->page_bytes += kept_bytes;
+        geom->page_bytes += kept_bytes + (n_kept > 0 ? v_bytes : 0);
+        geom->twin_bytes += dropped_bytes + (n_kept > 0 ? 0 : v_bytes);
         geom->page_k_bytes += kept_bytes;
-        geom->twin_bytes += dropped_bytes;
         geom->twin_k_bytes += dropped_bytes;
-        size_t *with_v = n_kept > 0 ? &geom->page_bytes : &geom->twin_bytes;
-        geom->v_off[g] = *with_v;
-        *with_v += v_bytes;
+        geom->page_off[g + 1] = geom->page_bytes;
+        geom->twin_off[g + 1] = geom->twin_bytes;
+        geom->v_off[g] = n_kept > 0 ? kept_bytes : dropped_bytes;
     }
     return LK_OK;
 }
@@ -123,7 +121,9 @@ static lk_status arena_grow(lk_arena *arena, int64_t n_items) {
     slab->n_items = n_items;
     for (int64_t i = n_items - 1; i >= 0; i--) {
         lk_page *page = &slab->item[i];
-        page->data = slab->data ? slab->data + (size_t)i * arena->item_bytes : NULL;
+        page->slab_data = slab->data;
+        page->slab_items = (size_t)n_items;
+        page->slab_index = (size_t)i;
         page->slab = slab;
         page->next_free = slab->free;
         slab->free = page;
@@ -226,6 +226,15 @@ void lk_pool_release(lk_pool *pool) {
     lk_dealloc(pool);
 }
 
+static void poison(const lk_pool *pool, const lk_arena *arena, const lk_page *page) {
+    const lk_geom *geom = &pool->geom;
+    const size_t *off = arena == &pool->pages ? geom->page_off : geom->twin_off;
+    for (int32_t g = 0; g < geom->n_heads; g++) {
+        unsigned char *region = lk_region(page, off, g);
+        if (region) memset(region, 0xff, off[g + 1] - off[g]);
+    }
+}
+
 lk_status lk_pool_take(lk_pool *pool, lk_arena *arena, int64_t n, lk_page **out) {
     if (n == 0) return LK_OK;
     pthread_mutex_lock(&pool->lock);
@@ -234,8 +243,8 @@ lk_status lk_pool_take(lk_pool *pool, lk_arena *arena, int64_t n, lk_page **out)
     if (status == LK_OK)
         for (int64_t i = 0; i < n; i++) out[i] = arena_pop(arena);
     pthread_mutex_unlock(&pool->lock);
-    if (status == LK_OK && lk_poison_on() && arena->item_bytes)
-        for (int64_t i = 0; i < n; i++) memset(out[i]->data, 0xff, arena->item_bytes);
+    if (status == LK_OK && lk_poison_on())
+        for (int64_t i = 0; i < n; i++) poison(pool, arena, out[i]);
     return status;
 }
 
