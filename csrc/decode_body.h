@@ -13,18 +13,7 @@
  * A tile (one page, one head) is read from memory once per job: all columns pass over it in groups of
  * LK_GROUP_COLUMNS, and while the first group uses it the next tile is prefetched line by line. */
 #include "lk_internal.h"
-#include "lk_softmax.h"
-
-#define LK_INLINE static inline __attribute__((always_inline))
-#define LK_NOINLINE static __attribute__((noinline))
-#if defined(__clang__)
-#define LK_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define LK_UNROLL _Pragma("GCC unroll 8")
-#endif
-
-/* Lines of the next V that each softmax of the first group prefetches, so that memory does not rest meanwhile. */
-#define LK_AHEAD_LINES 16
+#include "decode_softmax.h"
 
 /* Into L2: into L1 it would push out what is in use (measured on one core: 12.4 instead of 13.3 GB/s). */
 LK_INLINE void prefetch(const unsigned char *p) { __builtin_prefetch(p, 0, 2); }
@@ -36,10 +25,8 @@ LK_INLINE void prefetch(const unsigned char *p) { __builtin_prefetch(p, 0, 2); }
 
 /* Rows of a product over which all its elements go before the next rows. Narrow vectors take many passes over
  * the elements, and blocks of rows keep the order of reads nearly that of memory (AVX2, f32: 10.2 -> 11.9 GB/s
- * on one core). AVX-512 needs two passes at D 128, and in f32 does better without (13.3 -> 13.8). */
-LK_INLINE int32_t row_block(const lk_dtype dtype) {
-    return LK_LANES == 16 && dtype == LK_F32 ? LK_PAGE_TOKENS : 16;
-}
+ * on one core). With AVX-512 a pass takes whole rows. */
+#define LK_ROW_BLOCK (LK_LANES == 16 ? LK_PAGE_TOKENS : 16)
 
 typedef struct {
     const unsigned char *x;    /* [n_rows] rows, x_stride bytes apart; bf16: of 32-bit pairs */
@@ -128,8 +115,8 @@ LK_INLINE void product_block(const lk_dtype dtype, const int n_cols, const int n
 }
 
 LK_INLINE void product_cols(const lk_dtype dtype, const int n_cols, const lk_product *a) {
-    for (int32_t row = 0; row < a->n_rows; row += row_block(dtype)) {
-        const int32_t row_end = (int32_t)lk_min(row + row_block(dtype), a->n_rows);
+    for (int32_t row = 0; row < a->n_rows; row += LK_ROW_BLOCK) {
+        const int32_t row_end = (int32_t)lk_min(row + LK_ROW_BLOCK, a->n_rows);
         int32_t e = a->begin;
         for (; e + LK_VECS * LK_LANES <= a->end; e += LK_VECS * LK_LANES)
             product_block(dtype, n_cols, LK_VECS, false, a, e, row, row_end);
@@ -169,40 +156,7 @@ LK_INLINE void product(const lk_dtype dtype, const lk_product *a) {
 #endif
 }
 
-/* 2^x for x <= 0, the steps of lk_exp2. */
-LK_INLINE lk_vec v_exp2(lk_vec x) {
-    const lk_vec shifted = v_add(x, v_set1(LK_EXP2_ROUND));
-    const lk_vec f = v_sub(x, v_sub(shifted, v_set1(LK_EXP2_ROUND)));
-    lk_vec p = v_fma(f, v_set1(LK_EXP2_C6), v_set1(LK_EXP2_C5));
-    p = v_fma(f, p, v_set1(LK_EXP2_C4));
-    p = v_fma(f, p, v_set1(LK_EXP2_C3));
-    p = v_fma(f, p, v_set1(LK_EXP2_C2));
-    p = v_fma(f, p, v_set1(LK_EXP2_C1));
-    p = v_fma(f, p, v_set1(1.0f));
-    return v_zero_below(x, LK_EXP2_MIN, v_mul(p, v_pow2_shifted(shifted)));
-}
-
-/* ------------------------------------------------------------------------------------- what is visible */
-
-/* One column on one tile, in token slots: [0, visible) less [middle_begin, middle_end) is window. */
-typedef struct {
-    int32_t middle_begin, middle_end, visible;
-    bool window, middle; /* some visible slot is of that kind */
-} lk_view;
-
-LK_INLINE int32_t to_slot(int64_t token, int64_t first) {
-    return (int32_t)lk_min(lk_max(token - first, 0), LK_PAGE_TOKENS);
-}
-
-LK_INLINE lk_view view_of(const lk_job *job, int32_t c, int64_t first) {
-    lk_view v;
-    v.visible = to_slot(job->end[c], first);
-    v.middle_begin = to_slot(job->geom->sink, first);
-    v.middle_end = to_slot(lk_max(job->full_lo[c], job->geom->sink), first);
-    v.window = v.visible > v.middle_end || (v.visible > 0 && v.middle_begin > 0);
-    v.middle = v.middle_begin < v.middle_end && v.visible > v.middle_begin;
-    return v;
-}
+/* --------------------------------------------------------------------------------------------- one tile */
 
 /* The blocks of one head in one page and its twin. NULL: not there, or not needed by any column. */
 typedef struct {
@@ -228,55 +182,6 @@ LK_INLINE lk_tile tile_at(const lk_job *job, int64_t page, int64_t first_full, i
     return t;
 }
 
-/* --------------------------------------------------------------------------------------------- one tile */
-
-/* Logits of column c -> probabilities in its row of scratch.p; m and l go on, alpha is set.
- * Unused slots hold anything, NaN too: they are replaced before they are looked at. */
-LK_NOINLINE void column_softmax(const lk_job *job, int32_t c, const lk_view *view,
-                                const float *kept, const float *full, const unsigned char *ahead) {
-    float *p = job->scratch.p + (int64_t)c * LK_PAGE_TOKENS;
-    const bool empty = job->geom->n_kept[job->head] == 0;
-    const bool mixed = view->middle && view->window && !empty;
-    const bool hide_middle = empty && view->middle_begin < view->middle_end;
-    const float *logits = view->window ? full : kept;
-    const lk_vec scale = v_set1(job->scale_log2), hidden = v_set1(-INFINITY);
-    lk_vec top = hidden;
-    for (int32_t line = 0; ahead && line < LK_AHEAD_LINES; line++) prefetch(ahead + 64 * line);
-    for (int32_t t = 0; t < LK_PAGE_TOKENS; t += LK_LANES) {
-        lk_vec x = v_load(logits + t);
-        if (mixed) x = v_pick(v_load(kept + t), x, t, view->middle_begin, view->middle_end);
-        x = v_mul(x, scale);
-        if (hide_middle) x = v_pick(hidden, x, t, view->middle_begin, view->middle_end);
-        if (view->visible < LK_PAGE_TOKENS) x = v_pick(x, hidden, t, 0, view->visible);
-        v_store(p + t, x);
-        top = v_max(top, x);
-    }
-
-    float shift;
-    const float alpha = lk_state_raise(&job->m[c], v_hmax(top), &shift);
-    const lk_vec shift_vec = v_set1(shift);
-    lk_vec sum = v_set1(0.0f);
-#if LK_BF16_DOT
-    /* p is rounded to bf16 for the dot instruction; l sums what is really multiplied with V. */
-    const lk_vec ones = v_set1(lk_f32_from_bits(0x3f803f80u));
-    for (int32_t t = 0; t < LK_PAGE_TOKENS; t += 2 * LK_LANES) {
-        const lk_vec low = v_exp2(v_sub(v_load(p + t), shift_vec));
-        const lk_vec high = v_exp2(v_sub(v_load(p + t + LK_LANES), shift_vec));
-        const lk_vec pairs = v_to_pairs(low, high);
-        v_store(p + t / 2, pairs);
-        sum = v_dot(sum, pairs, ones);
-    }
-#else
-    for (int32_t t = 0; t < LK_PAGE_TOKENS; t += LK_LANES) {
-        const lk_vec x = v_exp2(v_sub(v_load(p + t), shift_vec));
-        v_store(p + t, x);
-        sum = v_add(sum, x);
-    }
-#endif
-    job->l[c] = job->l[c] * alpha + v_hsum(sum);
-    job->scratch.alpha[c] = alpha;
-}
-
 /* Probabilities of the group that starts at column c0; false where it sees nothing of this tile. */
 LK_INLINE bool group_logits(const lk_job *job, const lk_dtype dtype, const lk_tile *tile,
                             const lk_tile *next, int64_t first, int32_t c0, int32_t n_cols,
@@ -299,15 +204,14 @@ LK_INLINE bool group_logits(const lk_job *job, const lk_dtype dtype, const lk_ti
                     .n_rows = n_kept / geom->group,
                     .n_cols = n_cols,
                     .end = LK_PAGE_TOKENS};
-    const float *full = job->scratch.kept;
-    const unsigned char *ahead = c0 == 0 ? next->v : NULL;
+    float *logits = job->scratch.kept;
     if (n_kept > 0) {
         a.x = tile->kept;
         a.next = c0 == 0 && next->kept ? next->kept : a.x;
         product(dtype, &a);
     }
     if (window && n_dropped > 0) {
-        full = job->scratch.full;
+        logits = job->scratch.full;
         a.x = tile->dropped;
         a.next = c0 == 0 && next->dropped ? next->dropped : a.x;
         a.w += LK_BF16_DOT ? n_kept / 2 : n_kept;
@@ -316,9 +220,17 @@ LK_INLINE bool group_logits(const lk_job *job, const lk_dtype dtype, const lk_ti
         a.n_rows = n_dropped / geom->group;
         product(dtype, &a);
     }
-    for (int32_t c = 0; c < n_cols; c++)
-        column_softmax(job, c0 + c, &view[c], job->scratch.kept + c * LK_PAGE_TOKENS,
-                       full + c * LK_PAGE_TOKENS, ahead ? ahead + c * LK_AHEAD_LINES * 64 : NULL);
+    float scale[LK_GROUP_COLUMNS];
+    for (int32_t c = 0; c < n_cols; c++) {
+        float *mine = logits + c * LK_PAGE_TOKENS;
+        /* Most tiles are of one kind as a whole, for all columns. */
+        const bool of_this_kind =
+            view[c].window ? !view[c].middle : n_kept > 0 && logits == job->scratch.kept;
+        const bool as_it_is = of_this_kind && view[c].visible == LK_PAGE_TOKENS;
+        if (!as_it_is) mask_logits(job, &view[c], job->scratch.kept + c * LK_PAGE_TOKENS, mine);
+        scale[c] = as_it_is ? job->scale_log2 : 1.0f;
+    }
+    group_softmax(job, c0, n_cols, logits, scale);
     return true;
 }
 

@@ -47,11 +47,14 @@ static inline void lk_state_init(float *m, float *l, float *o, int32_t n_cols, i
 
 /* Take a logit into m. Returns the factor for l and o; *shift is what to subtract from logits from now on. */
 static inline float lk_state_raise(float *m, float logit, float *shift) {
-    float old = *m;
-    *m = logit > old ? logit : old;
-    *shift = *m == -INFINITY ? 0.0f : *m;
-    /* Most tiles hold no new maximum, and the chain of operations of lk_exp2 is long. */
-    return *m == old ? 1.0f : lk_exp2(old - *shift);
+    const float old = *m;
+    /* Most tiles hold no new maximum: as a branch, so that what follows need not wait for the comparison. */
+    if (!(logit > old)) {
+        *shift = old == -INFINITY ? 0.0f : old;
+        return 1.0f;
+    }
+    *m = *shift = logit;
+    return lk_exp2(old - logit);
 }
 
 /* Add the state of other keys to one column. */
