@@ -46,6 +46,7 @@ typedef struct {
     unit *units;
     item *items;
     int64_t n_units, n_items, n_slots, piece_pages;
+    bool is_split; /* along the pages */
     double work;
     float *states;          /* [n_slots] of state_floats: m, l, o */
     unsigned char *threads; /* [n_threads] of thread_bytes: scratch, one state */
@@ -164,8 +165,8 @@ static void plan_units(plan *p) {
             }
         }
     }
-    const bool split = p->n_cols <= LK_JOB_COLUMNS || p->n_units < ENOUGH_UNITS;
-    p->piece_pages = split ? lk_max(ITEM_PAGES, lk_ceil_div(n_pages, MAX_ITEMS)) : INT64_MAX;
+    p->is_split = p->n_cols <= LK_JOB_COLUMNS || p->n_units < ENOUGH_UNITS;
+    p->piece_pages = p->is_split ? lk_max(ITEM_PAGES, lk_ceil_div(n_pages, MAX_ITEMS)) : INT64_MAX;
 }
 
 /* Elements read, times the passes over them in registers. */
@@ -259,7 +260,7 @@ static lk_status make_plan(plan *p) {
     LK_CHECK(p->items, LK_E_NOMEM);
     p->n_items = p->n_slots = 0;
     for (int64_t i = 0; i < p->n_units; i++) plan_items_of(p, i);
-    sort_items(p->items, p->n_items);
+    if (!p->is_split) sort_items(p->items, p->n_items);
 
     p->n_threads = choose_threads(p);
     p->state_floats = (size_t)(state_head_floats(p) + p->block_cols * lk_o_stride(geom));
@@ -303,8 +304,11 @@ static void finish_unit(const plan *p, const unit *u, const float *l, const floa
     }
 }
 
-static void run_item(const plan *p, const item *i, unsigned char *memory) {
+/* before: the item that this thread has done last, or -1. */
+static void run_item(const plan *p, int64_t index, int64_t before, unsigned char *memory) {
     const lk_decode_args *args = p->args;
+    const item *i = &p->items[index];
+    const item *after = index + 1 < p->n_items ? i + 1 : NULL;
     const unit *u = &p->units[i->unit];
     const lk_row *row = &args->cache->row[u->row];
     const int64_t n0 = lk_row_prompt(args->cache, u->row);
@@ -317,6 +321,8 @@ static void run_item(const plan *p, const item *i, unsigned char *memory) {
                   .page_begin = i->page_begin,
                   .page_end = i->page_end,
                   .n_cols = u->n_cols,
+                  .q_is_packed = before >= 0 && p->items[before].unit == i->unit,
+                  .goes_on = after && after->unit == i->unit && after->page_begin == i->page_end,
                   .scale_log2 = (float)((double)args->scale * LOG2_E),
                   .m = state,
                   .l = state + p->block_cols,
@@ -354,8 +360,18 @@ static void run_plan(const plan *p) {
 #else
         unsigned char *memory = p->threads;
 #endif
-        OMP(omp for schedule(dynamic, 1))
-        for (int64_t i = 0; i < p->n_items; i++) run_item(p, &p->items[i], memory);
+        if (p->is_split) {
+            /* Items are alike. Runs of them, shorter towards the end: threads read the pages of a head on and on. */
+            int64_t before = -1;
+            OMP(omp for schedule(guided, 1))
+            for (int64_t i = 0; i < p->n_items; i++) {
+                run_item(p, i, before, memory);
+                before = i;
+            }
+        } else {
+            OMP(omp for schedule(dynamic, 1))
+            for (int64_t i = 0; i < p->n_items; i++) run_item(p, i, -1, memory);
+        }
         if (p->n_slots > 0) {
             OMP(omp for schedule(dynamic, 1))
             for (int64_t i = 0; i < p->n_units; i++) merge_unit(p, &p->units[i]);

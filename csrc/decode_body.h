@@ -350,14 +350,15 @@ LK_INLINE void decode_job(const lk_job *job, const lk_dtype dtype) {
         end = lk_max(end, job->end[c]);
         if (job->end[c] > 0) first_full = lk_min(first_full, job->full_lo[c]);
     }
-    pack_q(job, dtype);
+    if (!job->q_is_packed) pack_q(job, dtype);
     lk_state_init(job->m, job->l, job->o, job->n_cols, lk_o_stride(geom));
 
     lk_tile next = {NULL, NULL, NULL};
     if (job->page_begin < job->page_end) next = tile_at(job, job->page_begin, first_full, end);
     for (int64_t page = job->page_begin; page < job->page_end; page++) {
         const lk_tile tile = next;
-        if (page + 1 < job->page_end) next = tile_at(job, page + 1, first_full, end);
+        if (page + 1 < job->page_end || job->goes_on)
+            next = tile_at(job, page + 1, first_full, end);
         if (!tile.v) continue;
         const int64_t first = page * LK_PAGE_TOKENS;
         lk_view view[LK_JOB_COLUMNS];
