@@ -216,11 +216,16 @@ static void write_rows(lk_cache *cache, const lk_span *span, const row_plan *pla
     const int64_t n_items = cache->n_rows * cache->geom->n_heads;
     const int64_t elems = n_items * T * (cache->geom->head_dim + cache->geom->v_dim);
     const int n_threads = elems < PARALLEL_PACK_ELEMS ? 1 : lk_thread_count(span->n_threads);
-    (void)n_threads; /* used only in the directive, which a compiler without OpenMP does not see */
-    OMP(omp parallel for schedule(dynamic, 1) num_threads(n_threads))
-    for (int64_t item = 0; item < n_items; item++) {
-        const int64_t b = item / cache->geom->n_heads;
-        pack_row_head(cache, span, &plan[b], b, (int32_t)(item % cache->geom->n_heads));
+    if (n_threads == 1) { /* without OpenMP's start of a region, which a single token would feel */
+        for (int64_t b = 0; b < cache->n_rows; b++)
+            for (int32_t g = 0; g < cache->geom->n_heads; g++)
+                pack_row_head(cache, span, &plan[b], b, g);
+    } else {
+        OMP(omp parallel for schedule(dynamic, 1) num_threads(n_threads))
+        for (int64_t item = 0; item < n_items; item++) {
+            const int64_t b = item / cache->geom->n_heads;
+            pack_row_head(cache, span, &plan[b], b, (int32_t)(item % cache->geom->n_heads));
+        }
     }
     for (int64_t b = 0; b < cache->n_rows; b++) cache->row[b].len += plan[b].n_new;
     cache->n_columns += T;

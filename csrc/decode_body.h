@@ -327,7 +327,7 @@ LK_INLINE void group_values(const lk_job *job, const lk_dtype dtype, const lk_ti
 /* q in the order of the stored channels: kept ones, then dropped ones. */
 LK_INLINE void pack_q(const lk_job *job, const lk_dtype dtype) {
     const int32_t head_dim = job->geom->head_dim;
-    const int32_t *order = job->geom->order + (int64_t)job->head * head_dim;
+    const uint16_t *order = job->geom->order + (int64_t)job->head * head_dim;
     for (int32_t c = 0; c < job->n_cols; c++) {
         float *out = job->scratch.q + (int64_t)c * head_dim;
         if (LK_BF16_DOT) {

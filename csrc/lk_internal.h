@@ -84,7 +84,7 @@ typedef struct lk_geom {
     size_t page_bytes, twin_bytes;     /* twin_bytes is 0 when every head keeps everything */
     size_t page_k_bytes, twin_k_bytes; /* the K part of each */
     int32_t *n_kept;                   /* [Hkv] Dk */
-    int32_t *order;              /* [Hkv, D] kept channels ascending, then dropped ones ascending */
+    uint16_t *order;             /* [Hkv, D] kept channels ascending, then dropped ones ascending */
     size_t *page_off, *twin_off; /* [Hkv + 1] bytes of the regions of all heads before this one */
     size_t *v_off;               /* [Hkv] bytes from the start of the region that has V */
 } lk_geom;

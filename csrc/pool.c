@@ -21,13 +21,21 @@ struct lk_slab {
 
 /* -------------------------------------------------------------------------------------- geometry */
 
-static void geom_clear(lk_geom *geom) {
-    lk_dealloc(geom->n_kept);
-    lk_dealloc(geom->order);
-    lk_dealloc(geom->page_off);
-    lk_dealloc(geom->twin_off);
-    lk_dealloc(geom->v_off);
+/* The arrays of a geometry lie in one block: each call meets them cold, and one block is one translation. */
+static lk_status geom_alloc(lk_geom *geom, size_t n_heads, size_t head_dim) {
+    const size_t n_sizes = 2 * (n_heads + 1) + n_heads;
+    size_t *sizes = lk_alloc(1, n_sizes * sizeof(size_t) + n_heads * sizeof(int32_t) +
+                                    n_heads * head_dim * sizeof(uint16_t));
+    LK_CHECK(sizes, LK_E_NOMEM);
+    geom->page_off = sizes;
+    geom->twin_off = geom->page_off + n_heads + 1;
+    geom->v_off = geom->twin_off + n_heads + 1;
+    geom->n_kept = (int32_t *)(void *)(sizes + n_sizes);
+    geom->order = (uint16_t *)(void *)(geom->n_kept + n_heads);
+    return LK_OK;
 }
+
+static void geom_clear(lk_geom *geom) { lk_dealloc(geom->page_off); }
 
 static lk_status geom_check(const lk_config *config) {
     LK_CHECK(lk_dtype_bytes(config->dtype) != 0, LK_E_VALUE);
@@ -56,22 +64,15 @@ static lk_status geom_init(lk_geom *geom, const lk_config *config) {
         .sink = config->sink,
         .recent = config->recent,
         .slack = config->slack,
-        .n_kept = lk_alloc(n_heads, sizeof(int32_t)),
-        .order = lk_alloc(n_heads * head_dim, sizeof(int32_t)),
-        .page_off = lk_alloc(n_heads + 1, sizeof(size_t)),
-        .twin_off = lk_alloc(n_heads + 1, sizeof(size_t)),
-        .v_off = lk_alloc(n_heads, sizeof(size_t)),
     };
-    if (!geom->n_kept || !geom->order || !geom->page_off || !geom->twin_off || !geom->v_off) {
-        geom_clear(geom);
-        return LK_E_NOMEM;
-    }
+    LK_TRY(geom_alloc(geom, n_heads, head_dim));
     /* At most 2^15 heads * 2^9 channels * 64 tokens * 4 bytes: no overflow in size_t. */
     const size_t channel_bytes = LK_PAGE_TOKENS * geom->elem_bytes;
     const size_t v_bytes = channel_bytes * (size_t)config->v_dim;
     for (size_t g = 0; g < n_heads; g++) {
-        const int32_t n_kept = lk_mask_order(config->keep + g * head_dim, config->head_dim,
-                                             geom->order + g * head_dim);
+        int32_t order[LK_MAX_HEAD_DIM];
+        const int32_t n_kept = lk_mask_order(config->keep + g * head_dim, config->head_dim, order);
+        for (size_t c = 0; c < head_dim; c++) geom->order[g * head_dim + c] = (uint16_t)order[c];
         const size_t kept_bytes = channel_bytes * (size_t)n_kept;
         const size_t dropped_bytes = channel_bytes * (head_dim - (size_t)n_kept);
         geom->n_kept[g] = n_kept;

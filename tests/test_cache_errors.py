@@ -183,7 +183,7 @@ def test_allocation_failure_in_create(rng, options):
             continue
         finally:
             _C._fail_allocation(0)
-        assert n > 5
+        assert n > 4  # the pool, its geometry, the cache, its rows
         return
     raise AssertionError("creating never succeeds")
 
