@@ -190,7 +190,9 @@ LK_INLINE bool group_logits(const lk_job *job, const lk_dtype dtype, const lk_ti
     const int32_t n_kept = geom->n_kept[job->head], n_dropped = geom->head_dim - n_kept;
     bool window = false, middle = false;
     for (int32_t c = 0; c < n_cols; c++) {
-        view[c] = view_of(job, c0 + c, first);
+        const bool as_before = c > 0 && job->end[c0 + c] == job->end[c0 + c - 1] &&
+                               job->full_lo[c0 + c] == job->full_lo[c0 + c - 1];
+        view[c] = as_before ? view[c - 1] : view_of(job, c0 + c, first);
         window |= view[c].window;
         middle |= view[c].middle;
     }

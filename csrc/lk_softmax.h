@@ -71,6 +71,11 @@ static inline void lk_state_merge(float *m, float *l, float *o, float other_m, f
 static inline void lk_state_finish(float l, const float *o, int32_t v_dim, lk_dtype dtype,
                                    void *out) {
     float scale = l == 0.0f ? 0.0f : 1.0f / l;
+    if (dtype == LK_BF16) { /* a loop that compilers turn into vectors */
+        uint16_t *out_bf16 = out;
+        for (int32_t d = 0; d < v_dim; d++) out_bf16[d] = lk_f32_to_bf16(o[d] * scale);
+        return;
+    }
     for (int32_t d = 0; d < v_dim; d++) lk_half_store(dtype, out, d, o[d] * scale);
 }
 
