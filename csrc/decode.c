@@ -305,10 +305,8 @@ static void finish_unit(const plan *p, const unit *u, const float *l, const floa
 }
 
 /* before: the item that this thread has done last, or -1. */
-static void run_item(const plan *p, int64_t index, int64_t before, unsigned char *memory) {
+static void run_item(const plan *p, const item *i, int64_t before, unsigned char *memory) {
     const lk_decode_args *args = p->args;
-    const item *i = &p->items[index];
-    const item *after = index + 1 < p->n_items ? i + 1 : NULL;
     const unit *u = &p->units[i->unit];
     const lk_row *row = &args->cache->row[u->row];
     const int64_t n0 = lk_row_prompt(args->cache, u->row);
@@ -322,7 +320,6 @@ static void run_item(const plan *p, int64_t index, int64_t before, unsigned char
                   .page_end = i->page_end,
                   .n_cols = u->n_cols,
                   .q_is_packed = before >= 0 && p->items[before].unit == i->unit,
-                  .goes_on = after && after->unit == i->unit && after->page_begin == i->page_end,
                   .scale_log2 = (float)((double)args->scale * LOG2_E),
                   .m = state,
                   .l = state + p->block_cols,
@@ -365,12 +362,12 @@ static void run_plan(const plan *p) {
             int64_t before = -1;
             OMP(omp for schedule(guided, 1))
             for (int64_t i = 0; i < p->n_items; i++) {
-                run_item(p, i, before, memory);
+                run_item(p, &p->items[i], before, memory);
                 before = i;
             }
         } else {
             OMP(omp for schedule(dynamic, 1))
-            for (int64_t i = 0; i < p->n_items; i++) run_item(p, i, -1, memory);
+            for (int64_t i = 0; i < p->n_items; i++) run_item(p, &p->items[i], -1, memory);
         }
         if (p->n_slots > 0) {
             OMP(omp for schedule(dynamic, 1))

@@ -11,12 +11,17 @@
  * only horizontal steps are one maximum and one sum per tile and column.
  *
  * A tile (one page, one head) is read from memory once per job: all columns pass over it in groups of
- * LK_GROUP_COLUMNS, and while the first group uses it the next tile is prefetched line by line. */
+ * LK_GROUP_COLUMNS. Consecutive tiles mostly touch, so what is read next is what follows in memory. */
 #include "lk_internal.h"
 #include "decode_softmax.h"
 
-/* Into L2: into L1 it would push out what is in use (measured on one core: 12.4 instead of 13.3 GB/s). */
-LK_INLINE void prefetch(const unsigned char *p) { __builtin_prefetch(p, 0, 2); }
+/* From what is read to what is prefetched: some hundred nanoseconds, and little of L1. */
+#define LK_AHEAD_BYTES 6144
+
+/* The address may lie behind the slab; a prefetch of it then does nothing. */
+LK_INLINE void prefetch_after(const unsigned char *p) {
+    __builtin_prefetch((const void *)((uintptr_t)p + LK_AHEAD_BYTES));
+}
 
 #if LK_LANES <= LK_CHANNEL_STEP /* sizes are whole vectors then */
 #define v_load_half_f32 v_load_f32
@@ -29,8 +34,7 @@ LK_INLINE void prefetch(const unsigned char *p) { __builtin_prefetch(p, 0, 2); }
 #define LK_ROW_BLOCK (LK_LANES == 16 ? LK_PAGE_TOKENS : 16)
 
 typedef struct {
-    const unsigned char *x;    /* [n_rows] rows, x_stride bytes apart; bf16: of 32-bit pairs */
-    const unsigned char *next; /* the same rows of the next tile, to be prefetched */
+    const unsigned char *x; /* [n_rows] rows, x_stride bytes apart; bf16: of 32-bit pairs */
     size_t x_stride;
     const float *w;      /* [n_cols] rows, w_stride apart; dot: 32-bit pairs in place of floats */
     const float *y_init; /* like y; NULL = zeros */
@@ -83,14 +87,14 @@ LK_INLINE void product_block(const lk_dtype dtype, const int n_cols, const int n
     const size_t x_offset = (size_t)e * lane_bytes(dtype) + (size_t)row * x_stride;
     const size_t x_bytes = (size_t)n_vecs * LK_LANES * lane_bytes(dtype);
     const int w_step = dtype == LK_BF16 && !LK_BF16_DOT ? 2 : 1;
-    const unsigned char *x = a->x + x_offset, *next = a->next + x_offset;
+    const unsigned char *x = a->x + x_offset;
     const float *w = a->w + (int64_t)row * w_step;
     const int64_t w_stride = a->w_stride;
-    for (int32_t r = row; r < row_end; r++, x += x_stride, next += x_stride, w += w_step) {
+    for (int32_t r = row; r < row_end; r++, x += x_stride, w += w_step) {
         lk_vec even[LK_VECS], odd[LK_VECS];
         load_row(dtype, n_vecs, half, x, even, odd);
         LK_UNROLL
-        for (size_t line = 0; line < x_bytes; line += 64) prefetch(next + line);
+        for (size_t line = 0; line < x_bytes; line += 64) prefetch_after(x + line);
         LK_UNROLL
         for (int c = 0; c < n_cols; c++) {
             const float *wc = w + c * w_stride;
@@ -184,8 +188,7 @@ LK_INLINE lk_tile tile_at(const lk_job *job, int64_t page, int64_t first_full, i
 
 /* Probabilities of the group that starts at column c0; false where it sees nothing of this tile. */
 LK_INLINE bool group_logits(const lk_job *job, const lk_dtype dtype, const lk_tile *tile,
-                            const lk_tile *next, int64_t first, int32_t c0, int32_t n_cols,
-                            lk_view *view) {
+                            int64_t first, int32_t c0, int32_t n_cols, lk_view *view) {
     const lk_geom *geom = job->geom;
     const int32_t n_kept = geom->n_kept[job->head], n_dropped = geom->head_dim - n_kept;
     bool window = false, middle = false;
@@ -209,13 +212,11 @@ LK_INLINE bool group_logits(const lk_job *job, const lk_dtype dtype, const lk_ti
     float *logits = job->scratch.kept;
     if (n_kept > 0) {
         a.x = tile->kept;
-        a.next = c0 == 0 && next->kept ? next->kept : a.x;
         product(dtype, &a);
     }
     if (window && n_dropped > 0) {
         logits = job->scratch.full;
         a.x = tile->dropped;
-        a.next = c0 == 0 && next->dropped ? next->dropped : a.x;
         a.w += LK_BF16_DOT ? n_kept / 2 : n_kept;
         a.y_init = n_kept > 0 ? job->scratch.kept : NULL;
         a.y = job->scratch.full;
@@ -238,11 +239,9 @@ LK_INLINE bool group_logits(const lk_job *job, const lk_dtype dtype, const lk_ti
 
 /* o of the group += P V over the token slots [a->begin, a->end) reinterpreted as rows. */
 LK_INLINE void rows_product(const lk_dtype dtype, lk_product *a, const unsigned char *v,
-                            const unsigned char *next, const float *p, int32_t row,
-                            int32_t n_rows) {
+                            const float *p, int32_t row, int32_t n_rows) {
     if (n_rows <= 0) return;
     a->x = v + (size_t)row * a->x_stride;
-    a->next = next + (size_t)row * a->x_stride;
     a->w = p + (dtype == LK_BF16 && !LK_BF16_DOT ? 2 * row : row);
     a->n_rows = n_rows;
     product(dtype, a);
@@ -262,7 +261,7 @@ LK_INLINE void edge_product(const lk_job *job, const lk_dtype dtype, lk_product 
         pair &= mask;
         memcpy(copy + i, &pair, 4);
     }
-    a->x = a->next = copy;
+    a->x = copy;
     a->w = p + (LK_BF16_DOT ? token / 2 : token / 2 * 2);
     a->n_rows = 1;
     product(dtype, a);
@@ -271,8 +270,7 @@ LK_INLINE void edge_product(const lk_job *job, const lk_dtype dtype, lk_product 
 
 /* o of columns with the same view, over a slice of the value indices: rescale, then add P V. */
 LK_INLINE void view_values(const lk_job *job, const lk_dtype dtype, const lk_tile *tile,
-                           const lk_tile *next, const lk_view *view, int32_t c0, int32_t n_cols,
-                           int32_t d_begin) {
+                           const lk_view *view, int32_t c0, int32_t n_cols, int32_t d_begin) {
     const lk_geom *geom = job->geom;
     const int32_t group = geom->group;
     const int64_t o_stride = lk_o_stride(geom);
@@ -280,7 +278,6 @@ LK_INLINE void view_values(const lk_job *job, const lk_dtype dtype, const lk_til
     const size_t slice = (size_t)d_begin * LK_PAGE_TOKENS * geom->elem_bytes;
     const int32_t width = (int32_t)lk_min(LK_VALUE_SLICE, geom->v_dim - d_begin);
     const unsigned char *v = tile->v + slice;
-    const unsigned char *next_v = c0 == 0 && next->v ? next->v + slice : v;
     float *o = job->o + c0 * o_stride + d_begin;
     lk_product a = {.x_stride = (size_t)width * lane_bytes(dtype),
                     .w_stride = LK_PAGE_TOKENS,
@@ -298,13 +295,13 @@ LK_INLINE void view_values(const lk_job *job, const lk_dtype dtype, const lk_til
     int32_t begin = live ? 0 : view->middle_end, sink_end = 0;
     if (!live) sink_end = end < view->middle_begin ? end : view->middle_begin;
     if (group == 1) {
-        rows_product(dtype, &a, v, next_v, p, 0, sink_end);
-        rows_product(dtype, &a, v, next_v, p, begin, end - begin);
+        rows_product(dtype, &a, v, p, 0, sink_end);
+        rows_product(dtype, &a, v, p, begin, end - begin);
     } else {
-        rows_product(dtype, &a, v, next_v, p, 0, sink_end / 2);
+        rows_product(dtype, &a, v, p, 0, sink_end / 2);
         if (sink_end % 2) edge_product(job, dtype, &a, v, p, sink_end - 1, 0);
         if (begin < end && begin % 2) edge_product(job, dtype, &a, v, p, begin++, 1);
-        rows_product(dtype, &a, v, next_v, p, begin / 2, end / 2 - begin / 2);
+        rows_product(dtype, &a, v, p, begin / 2, end / 2 - begin / 2);
         if (begin < end && end % 2) edge_product(job, dtype, &a, v, p, end - 1, 2);
     }
 }
@@ -312,15 +309,14 @@ LK_INLINE void view_values(const lk_job *job, const lk_dtype dtype, const lk_til
 /* The same for a group. Columns that see different tokens go apart: p is 0 where a column sees nothing, but a V that is
  * not finite would still reach it, and a query must not depend on what was sent along with it. */
 LK_INLINE void group_values(const lk_job *job, const lk_dtype dtype, const lk_tile *tile,
-                            const lk_tile *next, const lk_view *view, int32_t c0, int32_t n_cols,
-                            int32_t d_begin) {
+                            const lk_view *view, int32_t c0, int32_t n_cols, int32_t d_begin) {
     const bool live = job->geom->n_kept[job->head] > 0;
     for (int32_t c = 0, n; c < n_cols; c += n) {
         n = 1;
         while (c + n < n_cols && view[c + n].visible == view[c].visible &&
                (live || view[c + n].middle_end == view[c].middle_end))
             n++;
-        view_values(job, dtype, tile, next, &view[c], c0 + c, n, d_begin);
+        view_values(job, dtype, tile, &view[c], c0 + c, n, d_begin);
     }
 }
 
@@ -355,12 +351,8 @@ LK_INLINE void decode_job(const lk_job *job, const lk_dtype dtype) {
     if (!job->q_is_packed) pack_q(job, dtype);
     lk_state_init(job->m, job->l, job->o, job->n_cols, lk_o_stride(geom));
 
-    lk_tile next = {NULL, NULL, NULL};
-    if (job->page_begin < job->page_end) next = tile_at(job, job->page_begin, first_full, end);
     for (int64_t page = job->page_begin; page < job->page_end; page++) {
-        const lk_tile tile = next;
-        if (page + 1 < job->page_end || job->goes_on)
-            next = tile_at(job, page + 1, first_full, end);
+        const lk_tile tile = tile_at(job, page, first_full, end);
         if (!tile.v) continue;
         const int64_t first = page * LK_PAGE_TOKENS;
         lk_view view[LK_JOB_COLUMNS];
@@ -368,13 +360,13 @@ LK_INLINE void decode_job(const lk_job *job, const lk_dtype dtype) {
         for (int32_t c = 0; c < job->n_cols; c += LK_GROUP_COLUMNS) {
             const int32_t n_cols = (int32_t)lk_min(LK_GROUP_COLUMNS, job->n_cols - c);
             active[c / LK_GROUP_COLUMNS] =
-                group_logits(job, dtype, &tile, &next, first, c, n_cols, &view[c]);
+                group_logits(job, dtype, &tile, first, c, n_cols, &view[c]);
         }
         for (int32_t d = 0; d < geom->v_dim; d += LK_VALUE_SLICE) {
             for (int32_t c = 0; c < job->n_cols; c += LK_GROUP_COLUMNS) {
                 const int32_t n_cols = (int32_t)lk_min(LK_GROUP_COLUMNS, job->n_cols - c);
                 if (active[c / LK_GROUP_COLUMNS])
-                    group_values(job, dtype, &tile, &next, &view[c], c, n_cols, d);
+                    group_values(job, dtype, &tile, &view[c], c, n_cols, d);
             }
         }
     }

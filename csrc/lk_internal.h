@@ -193,7 +193,6 @@ typedef struct {
     lk_page *const *twin; /* read only where a column has window keys */
     int64_t page_begin, page_end;
     bool q_is_packed;              /* scratch.q already holds these columns */
-    bool goes_on;                  /* page_end is probably what this thread reads next */
     int32_t n_cols;                /* 1..LK_JOB_COLUMNS */
     const void *q[LK_JOB_COLUMNS]; /* [D] contiguous, cache dtype */
     int64_t end[LK_JOB_COLUMNS];   /* keys j < end are visible: p + 1, or 0 for a padding column */
