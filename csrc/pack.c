@@ -114,13 +114,23 @@ void lk_pack_store(const lk_geom *geom, int32_t g, const lk_run *run, unsigned c
     else store(geom, g, run, page, twin, 2, 2);
 }
 
+/* Without it compilers read a line where it is asked for to be written, and it is asked for again when it is. x86 CPUs
+ * that do not have the instruction skip it. */
+#if defined(__x86_64__)
+#define LK_PREFETCH_TO_WRITE __attribute__((target("prfchw")))
+#else
+#define LK_PREFETCH_TO_WRITE
+#endif
+
 /* Ask for the cache lines of slot j of a K block of n channels, to be written. */
+LK_PREFETCH_TO_WRITE
 static void prefetch_k(const lk_geom *geom, unsigned char *block, int64_t n, int64_t j) {
     const size_t stride = (size_t)(LK_PAGE_TOKENS * geom->group) * geom->elem_bytes;
     unsigned char *line = block + (size_t)(j * geom->group) * geom->elem_bytes;
     for (int64_t c = 0; c < n; c += geom->group, line += stride) __builtin_prefetch(line, 1);
 }
 
+LK_PREFETCH_TO_WRITE
 void lk_pack_prefetch(const lk_geom *geom, int32_t g, int64_t j, unsigned char *page,
                       unsigned char *twin) {
     const int32_t n_kept = geom->n_kept[g], n_dropped = geom->head_dim - n_kept;
