@@ -243,11 +243,16 @@ static lk_status take_items(lk_pool *pool, const demand *need, lk_page **out) {
 static lk_status add(lk_cache *cache, const lk_span *span, bool settle) {
     const int64_t T = span->n_columns;
     LK_CHECK(T >= 0 && T < INT64_MAX / 8 - cache->n_columns, LK_E_SHAPE);
-    LK_CHECK(!cache->replaced, LK_E_STATE); /* a put that was neither settled nor undone */
+    LK_CHECK(!cache->unsettled, LK_E_STATE);
     size_t n_cells;
     LK_CHECK(lk_mul((size_t)cache->n_rows, (size_t)T, &n_cells), LK_E_SHAPE);
-    row_plan *plan = lk_alloc((size_t)cache->n_rows, sizeof *plan);
-    int64_t *column = lk_alloc(n_cells, sizeof *column);
+    /* One token of one row, the usual call, needs no allocation unless it takes pages. */
+    row_plan one_plan;
+    int64_t one_column;
+    lk_page *no_page = NULL;
+    const bool one = n_cells == 1;
+    row_plan *plan = one ? &one_plan : lk_alloc((size_t)cache->n_rows, sizeof *plan);
+    int64_t *column = one ? &one_column : lk_alloc(n_cells, sizeof *column);
     demand need = {0};
     lk_page **fresh = NULL;
     lk_replaced *replaced = NULL;
@@ -260,21 +265,26 @@ static lk_status add(lk_cache *cache, const lk_span *span, bool settle) {
     if (status == LK_OK) {
         n_fresh = need.n_pages;
         for (int kind = 0; kind < LK_N_TWIN_KINDS; kind++) n_fresh += need.n_twins[kind];
-        fresh = lk_alloc((size_t)n_fresh, sizeof *fresh);
-        replaced = lk_alloc((size_t)need.n_replaced, sizeof *replaced);
-        status = fresh && replaced ? take_items(cache->pool, &need, fresh) : LK_E_NOMEM;
+        if (!one || n_fresh > 0) {
+            fresh = lk_alloc((size_t)n_fresh, sizeof *fresh);
+            replaced = lk_alloc((size_t)need.n_replaced, sizeof *replaced);
+            status = fresh && replaced ? take_items(cache->pool, &need, fresh) : LK_E_NOMEM;
+        }
     }
     if (status == LK_OK) {
         cache->replaced = replaced;
+        cache->unsettled = true;
         replaced = NULL;
-        write_rows(cache, span, plan, fresh, &need);
+        write_rows(cache, span, plan, fresh ? fresh : &no_page, &need);
         if (settle) lk_cache_settle(cache);
     }
     for (int64_t i = 0; fresh && i < n_fresh; i++) lk_page_release(cache->pool, fresh[i]);
     lk_dealloc(replaced);
     lk_dealloc(fresh);
-    lk_dealloc(column);
-    lk_dealloc(plan);
+    if (!one) {
+        lk_dealloc(column);
+        lk_dealloc(plan);
+    }
     return status;
 }
 
@@ -289,6 +299,7 @@ void lk_forget_replaced(lk_cache *cache) {
     lk_dealloc(cache->replaced);
     cache->replaced = NULL;
     cache->n_replaced = 0;
+    cache->unsettled = false;
 }
 
 void lk_cache_settle(lk_cache *cache) {

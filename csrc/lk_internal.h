@@ -136,6 +136,7 @@ struct lk_cache {
     int64_t max_tokens, max_call; /* reserved mode, else -1 */
     lk_replaced *replaced;        /* [n_replaced] since the last settle */
     int64_t n_replaced;
+    bool unsettled; /* a put was neither settled nor undone */
 };
 
 /* lo of a row of len tokens whose prompt is complete, given its lo so far. */
