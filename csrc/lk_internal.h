@@ -91,8 +91,8 @@ typedef struct lk_geom {
 
 struct lk_slab;
 
-/* A page or a twin: its data never moves. Regions: slab_data and where in it, see lk_region. refs counts the row tables and undo lists that hold it, over all copies of
- * the cache. */
+/* A page or a twin: its data never moves; lk_region says where it is in the slab. refs counts the row tables and undo
+ * lists that hold it, over all copies of the cache. */
 typedef struct lk_page {
     unsigned char *slab_data;
     size_t slab_items, slab_index;

@@ -4,8 +4,8 @@
  * allocates, waits for the device or copies to the host: every call can be captured in a CUDA graph.
  * Lengths live on the device. A step reads them there, so that a captured step can be replayed.
  *
- * Pages and twins are laid out like those of the CPU (lk_geom in csrc/lk_internal.h: the same blocks at the same
- * offsets, the same bytes) but in another order of elements inside a block: that of layout.h. */
+ * Pages and twins hold the same blocks and bytes as those of the CPU (lk_geom in csrc/lk_internal.h), but the heads of a
+ * page follow each other, and elements inside a block have the order of layout.h. */
 #ifndef LEANK_CUDA_H
 #define LEANK_CUDA_H
 
@@ -37,8 +37,9 @@ typedef struct {
     int32_t *state;      /* [LK_STATE_HEADER + 3 * B] */
     uint8_t *real;       /* [B, real_stride] 1 where a column is a token of the row */
     int64_t real_stride; /* columns that fit */
-    const int32_t *geom; /* [Hkv] each: n_kept; kept_off, dropped_off, v_off in bytes; then order as
-                          * uint8 [Hkv, D]: all as in lk_geom */
+    const int32_t *geom; /* [Hkv] each: n_kept; where in the page its kept K is, in the twin its
+                          * dropped K, and V in the one that has it, in bytes; then uint8 [Hkv, D]:
+                          * kept channels ascending, then dropped ones */
     lk_dtype dtype;      /* LK_BF16 or LK_F16 */
     int32_t n_rows, n_heads, head_dim;
     int32_t sink, recent, slack; /* beyond INT32_MAX / 4 they mean the same as that */
