@@ -142,6 +142,13 @@ class BuildWithIsaFlags(build_ext):
         # setuptools compares file times only; a build with other flags must not keep the old file.
         self.force = True
 
+    def run(self):
+        # Kernels of an earlier build would go with this one if it does not build them.
+        folders = [Path(self.build_lib, "leank"), *([Path("leank")] if self.inplace else [])]
+        for stale in (path for folder in folders for path in folder.glob("_cuda.*.so")):
+            stale.unlink()
+        super().run()
+
     def build_extension(self, ext):
         if ext.name == "leank._cuda":
             self.build_cuda(ext)

@@ -23,7 +23,7 @@ __device__ static int32_t block_rank(bool flag, int32_t *warp_sums, int32_t *tot
     return before + __popc(flags & ((1u << lane) - 1));
 }
 
-/* One block per row: position of each column's token (-1: padding, or beyond max_tokens), then the row's new state. */
+/* One block per row: position of each column's token (-1: padding), then the row's new state. All columns fit. */
 __global__ void __launch_bounds__(PLACE_THREADS)
     place_kernel(const __grid_constant__ lk_cuda_layer layer, const uint8_t *valid,
                  int32_t *position, int32_t n_columns, int32_t columns_before) {
@@ -38,15 +38,12 @@ __global__ void __launch_bounds__(PLACE_THREADS)
         const int32_t at = len + n_new + block_rank(real, warp_sums, &total);
         n_new += total;
         if (t >= n_columns) continue;
-        const bool fits = at < layer.max_tokens;
-        position[b * n_columns + t] = real && fits ? at : -1;
-        if (real && !fits) layer.state[LK_STATE_OVERFLOW] = 1;
-        const int64_t column = columns_before + t;
-        if (column < layer.real_stride) layer.real[b * layer.real_stride + column] = real && fits;
+        position[b * n_columns + t] = real ? at : -1;
+        layer.real[b * layer.real_stride + columns_before + t] = real;
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
-    settle_row(layer, (int32_t)b, min(len + n_new, layer.max_tokens));
+    settle_row(layer, (int32_t)b, len + n_new);
     if (b == 0) layer.state[LK_STATE_COLUMNS] = columns_before + n_columns;
 }
 
@@ -119,22 +116,21 @@ template <typename T> static lk_status store(const lk_cuda_append_args *a, cudaS
         *layer, static_cast<const T *>(a->k), static_cast<const T *>(a->v), a->k_stride[0],
         a->k_stride[1], a->k_stride[2], a->v_stride[0], a->v_stride[1], a->v_stride[2], a->position,
         a->n_columns);
-    return lk_cuda_launched(stream, a->cuda_error);
+    return lk_cuda_launched(cudaGetLastError(), stream, a->cuda_error);
 }
 
 lk_status lk_cuda_append(const lk_cuda_append_args *args) {
     const lk_cuda_layer *layer = args->layer;
     *args->cuda_error = 0;
     if (layer->n_rows < 1 || layer->n_rows > 65535 || layer->n_heads < 1) return LK_E_SHAPE;
-    if (args->n_columns < 0 || args->columns_before < 0 ||
-        args->n_columns > INT32_MAX / 4 - args->columns_before)
-        return LK_E_SHAPE;
+    if (args->n_columns < 0 || args->columns_before < 0) return LK_E_SHAPE;
+    if (args->n_columns > layer->max_tokens - args->columns_before) return LK_E_LIMIT;
     if (args->n_columns == 0) return LK_OK;
     if (!args->k || !args->v || !args->position) return LK_E_VALUE;
     cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
     place_kernel<<<(unsigned)layer->n_rows, PLACE_THREADS, 0, stream>>>(
         *layer, args->valid, args->position, args->n_columns, args->columns_before);
-    const lk_status status = lk_cuda_launched(stream, args->cuda_error);
+    const lk_status status = lk_cuda_launched(cudaGetLastError(), stream, args->cuda_error);
     if (status != LK_OK) return status;
     if (layer->dtype == LK_BF16) return store<__nv_bfloat16>(args, stream);
     if (layer->dtype == LK_F16) return store<__half>(args, stream);
@@ -147,5 +143,5 @@ lk_status lk_cuda_crop(const lk_cuda_layer *layer, int32_t n_columns, void *stre
     if (n_columns < 0 || n_columns > layer->real_stride) return LK_E_VALUE;
     crop_kernel<<<(unsigned)layer->n_rows, LK_WARP, 0, static_cast<cudaStream_t>(stream)>>>(
         *layer, n_columns);
-    return lk_cuda_launched(static_cast<cudaStream_t>(stream), cuda_error);
+    return lk_cuda_launched(cudaGetLastError(), static_cast<cudaStream_t>(stream), cuda_error);
 }

@@ -22,8 +22,8 @@
 #define LK_WARP 32
 #define LK_ALL 0xffffffffu
 
-/* The status of a launch that was just made; LEANK_CUDA_SYNC=1 waits for it, so that a fault gets its name. */
-lk_status lk_cuda_launched(cudaStream_t stream, int32_t *cuda_error);
+/* The status of a launch that gave `error`; LEANK_CUDA_SYNC=1 waits for it, so that a fault gets its name. */
+lk_status lk_cuda_launched(cudaError_t error, cudaStream_t stream, int32_t *cuda_error);
 
 /* ------------------------------------------------------------------------------------------------ barriers */
 

@@ -38,7 +38,8 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
         if (lane == 0 && !with_new) barrier_arrive(&s.part_empty[slot]);
 
         for (int32_t tile = part.tile_begin; tile < part.tile_end && !u.is_void; tile++) {
-            /* Each team waits for every tile: to wait for a phase, one must have seen the phase before. */
+            /* Each team waits for every tile and releases its stage: who waits for a phase must have seen the phase
+             * before, and must see this one before the next begins. */
             barrier_wait(&s.full[at.stage], at.phase);
             if ((tile - part.tile_begin) % shape::TEAMS == team) {
                 const int32_t first = lk_unit_page(&u, tile) * LK_PAGE_TOKENS + 16 * group;
@@ -52,9 +53,9 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
                     take_whole(p, part, w, kept_k,
                                stage + layout.dropped + group * 32 * (D - n_kept), v, first, n_kept,
                                lane);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(&s.empty[at.stage]);
             }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&s.empty[at.stage]);
             at.advance(p.n_stages);
         }
         __syncwarp();
@@ -138,10 +139,7 @@ static lk_status launch_decode(decode_params *p, int32_t n_blocks, int32_t smem_
     if (error == cudaSuccess)
         error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (error != cudaSuccess) {
-        *cuda_error = (int32_t)error;
-        return LK_E_DEVICE;
-    }
+    if (error != cudaSuccess) return lk_cuda_launched(error, stream, cuda_error);
     /* Blocks may come before the kernel ahead of them has ended, and wait for it: what was built for sm_90 can. */
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -153,8 +151,7 @@ static lk_status launch_decode(decode_params *p, int32_t n_blocks, int32_t smem_
     config.stream = stream;
     config.attrs = &early;
     config.numAttrs = built.ptxVersion >= 90;
-    (void)cudaLaunchKernelEx(&config, kernel, *p); /* its error is the last error */
-    return lk_cuda_launched(stream, cuda_error);
+    return lk_cuda_launched(cudaLaunchKernelEx(&config, kernel, *p), stream, cuda_error);
 }
 
 /* inst/decode_<name>_<D>.cu: the kernels of one dtype and head dim, for up to 8 and up to 16 query heads per KV head. */

@@ -6,11 +6,11 @@
 
 #include <math.h>
 
-/* A column's result, N neighbouring value indices from d on: o and lse, with the sink's logit where there is one. */
-template <int N, typename T, int D>
+/* A column's result, 4 value indices from d on: o and lse, with the sink's logit where there is one. */
+template <typename T, int D>
 __device__ __forceinline__ void write_out(const decode_params &p, const decode_part &part,
                                           int32_t column, int32_t d, float m, float l,
-                                          const float o[N]) {
+                                          const float o[4]) {
     const int32_t h = part.head * p.r + column;
     const int64_t at = (int64_t)part.row * (p.layer.n_heads * p.r) + h;
     float factor = 1.0f;
@@ -25,7 +25,7 @@ __device__ __forceinline__ void write_out(const decode_params &p, const decode_p
     factor = l == 0.0f ? 0.0f : factor / l;
     T *out = static_cast<T *>(p.o) + at * D + d;
 #pragma unroll
-    for (int i = 0; i < N; i++) out[i] = from_float<T>(o[i] * factor);
+    for (int i = 0; i < 4; i++) out[i] = from_float<T>(o[i] * factor);
     if (p.lse && d == 0) p.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * LK_LN_2;
 }
 
@@ -96,7 +96,7 @@ __device__ __forceinline__ void merge_run(const decode_params &p, const decode_p
             }
         }
         if (into) put_state<D>(into, p.r, column, d, m, l, o);
-        else write_out<4, T, D>(p, part, column, d, m, l, o);
+        else write_out<T, D>(p, part, column, d, m, l, o);
     }
 }
 
@@ -138,7 +138,7 @@ __device__ __forceinline__ void merge_warps(const decode_params &p,
             for (int i = 0; i < 4; i++) o[i] += state[d + i] * factor;
         }
         if (into) put_state<D>(into, p.r, column, d, m, l, o);
-        else write_out<4, T, D>(p, part, column, d, m, l, o);
+        else write_out<T, D>(p, part, column, d, m, l, o);
     }
     __syncwarp();
     if (thread % LK_WARP == 0) barrier_arrive(s.states_empty);

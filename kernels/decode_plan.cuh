@@ -34,13 +34,14 @@ template <typename Smem>
 __device__ __forceinline__ void make_plan(const decode_params &p, Smem &s) {
     const lk_cuda_layer &layer = p.layer;
     const int32_t n_heads = layer.n_heads, n_units = layer.n_rows * n_heads;
+    const bool fits = !p.k || layer.state[LK_STATE_COLUMNS] < layer.max_tokens;
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < n_units; i += blockDim.x) {
         const int32_t b = i / n_heads, g = i % n_heads;
         const int32_t len = state_len(layer)[b], lo = state_lo(layer)[b], n0 = state_n0(layer)[b];
         const int32_t n_kept = head_kept(layer, g);
         const int32_t position = p.k ? len : len - 1;
-        const bool stored = is_real(p, b) && position >= 0 && position < layer.max_tokens;
+        const bool stored = fits && is_real(p, b) && position >= 0;
         const int32_t end = stored ? position + 1 : 0;
         const int32_t full_lo = full_lo_of(layer, lo, n0, position);
         const lk_unit u = lk_unit_make(end, full_lo, layer.sink, n_kept, layer.head_dim);
@@ -63,13 +64,15 @@ __device__ __forceinline__ void finish_launch(const decode_params &p, int lane) 
     if (lane == 0) p.counters[0] = p.counters[1] = 0;
     if (!p.k) return;
     const int32_t columns = layer.state[LK_STATE_COLUMNS];
+    if (columns >= layer.max_tokens) { /* nothing was stored */
+        if (lane == 0) layer.state[LK_STATE_OVERFLOW] = 1;
+        return;
+    }
 #pragma unroll 1
     for (int32_t b = lane; b < layer.n_rows; b += LK_WARP) {
-        const int32_t len = state_len(layer)[b];
-        const bool real = is_real(p, b), stored = real && len < layer.max_tokens;
-        if (real && !stored) layer.state[LK_STATE_OVERFLOW] = 1;
-        if (columns < layer.real_stride) layer.real[b * layer.real_stride + columns] = stored;
-        if (stored) settle_row(layer, b, len + 1);
+        const bool real = is_real(p, b);
+        layer.real[b * layer.real_stride + columns] = real;
+        if (real) settle_row(layer, b, state_len(layer)[b] + 1);
     }
     __syncwarp();
     if (lane == 0) layer.state[LK_STATE_COLUMNS] = columns + 1;

@@ -57,7 +57,7 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
     unsigned char *stage; /* [n_stages] tiles */
     T *q;                 /* [2][R + 2, D], the last two are k and v of the new token */
     uint32_t *q_operand;  /* [2][COLUMN_TILES][D / 16][32 lanes][2], see decode_tile.cuh */
-    /* Barriers. [n_stages]: a tile has landed; a team is done with it. */
+    /* Barriers. [n_stages]: a tile has landed; the teams are done with it. */
     uint64_t *full, *empty;
     /* [2]: part and q are there; q_operand too; they were read. */
     uint64_t *part_full, *q_full, *part_empty;
@@ -111,7 +111,7 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
         if (threadIdx.x != 0) return;
         for (int i = 0; i < p.n_stages; i++) {
             barrier_init(&full[i], LK_BULK_COPY ? 1 : LK_WARP);
-            barrier_init(&empty[i], 4); /* one team */
+            barrier_init(&empty[i], shape::COMPUTE_WARPS);
         }
         for (int i = 0; i < 2; i++) {
             barrier_init(&part_full[i], LK_BULK_COPY ? 1 : LK_WARP + 1);

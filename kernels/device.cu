@@ -14,11 +14,18 @@ const char *lk_cuda_error_text(int32_t cuda_error) {
     return cudaGetErrorString(static_cast<cudaError_t>(cuda_error));
 }
 
-lk_status lk_cuda_launched(cudaStream_t stream, int32_t *cuda_error) {
-    cudaError_t error = cudaGetLastError();
+static bool wanted_to_wait(cudaStream_t stream) {
     const char *sync = getenv("LEANK_CUDA_SYNC");
-    if (error == cudaSuccess && sync && strcmp(sync, "1") == 0)
-        error = cudaStreamSynchronize(stream);
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    return sync && strcmp(sync, "1") == 0 &&
+           cudaStreamIsCapturing(stream, &capture) == cudaSuccess &&
+           capture == cudaStreamCaptureStatusNone;
+}
+
+lk_status lk_cuda_launched(cudaError_t error, cudaStream_t stream, int32_t *cuda_error) {
+    if (error == cudaSuccess && wanted_to_wait(stream)) error = cudaStreamSynchronize(stream);
+    if (error != cudaSuccess)
+        (void)cudaGetLastError(); /* or the next launch would report it again */
     *cuda_error = static_cast<int32_t>(error);
     return error == cudaSuccess ? LK_OK : LK_E_DEVICE;
 }

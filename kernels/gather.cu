@@ -47,5 +47,5 @@ lk_status lk_cuda_gather(const lk_cuda_layer *layer, int32_t row, int32_t n_toke
     const dim3 grid((unsigned)(n_tokens < 65536 ? n_tokens : 65536), (unsigned)layer->n_heads);
     gather_kernel<<<grid, 64, 0, static_cast<cudaStream_t>(stream)>>>(
         *layer, row, n_tokens, static_cast<uint16_t *>(k), static_cast<uint16_t *>(v));
-    return lk_cuda_launched(static_cast<cudaStream_t>(stream), cuda_error);
+    return lk_cuda_launched(cudaGetLastError(), static_cast<cudaStream_t>(stream), cuda_error);
 }

@@ -23,7 +23,7 @@ extern "C" {
 /* int32 numbers at the start of lk_cuda_layer.state; after them come len[B], lo[B] and n0[B]. */
 enum {
     LK_STATE_COLUMNS,  /* columns stored, the same for all rows */
-    LK_STATE_OVERFLOW, /* 1 once a token did not fit in max_tokens (it was not stored) */
+    LK_STATE_OVERFLOW, /* 1 once a column did not fit in max_tokens (nothing of it was stored) */
     LK_STATE_HEADER = 8
 };
 /* n0 of a row without a token: its first call with one will be its prompt. */
@@ -34,16 +34,16 @@ typedef struct {
     const int64_t *page; /* [B, table_stride] address of page i of the row; 0: none */
     const int64_t *twin; /* [B, table_stride] address of its twin; 0: none */
     int64_t table_stride;
-    int32_t *state;      /* [LK_STATE_HEADER + 3 * B] */
-    uint8_t *real;       /* [B, real_stride] 1 where a column is a token of the row */
-    int64_t real_stride; /* columns that fit */
+    int32_t *state; /* [LK_STATE_HEADER + 3 * B] */
+    uint8_t *real;  /* [B, real_stride >= max_tokens] 1 where a column is a token of the row */
+    int64_t real_stride;
     const int32_t *geom; /* [Hkv] each: n_kept; where in the page its kept K is, in the twin its
                           * dropped K, and V in the one that has it, in bytes; then uint8 [Hkv, D]:
                           * kept channels ascending, then dropped ones */
     lk_dtype dtype;      /* LK_BF16 or LK_F16 */
     int32_t n_rows, n_heads, head_dim;
     int32_t sink, recent, slack; /* beyond INT32_MAX / 4 they mean the same as that */
-    int32_t max_tokens;          /* tokens of a row that the tables have pages for */
+    int32_t max_tokens;          /* columns, and so tokens of a row, that fit */
 } lk_cuda_layer;
 
 /* Bytes of geom for a layer, and its contents for the mask keep [Hkv, D] (host memory, non-zero = kept).
@@ -65,7 +65,7 @@ lk_status lk_cuda_geom(const uint8_t *keep, int32_t n_heads, int32_t head_dim, i
  * Bytes read: (D + Dk[g]) * 2 per token of a live head, 2 * 2 * D per window token otherwise.
  * The work is cut into chunks (plan.h) that blocks take as they get to them. States of a (row, head) that several
  * chunks cover are merged by the block that finishes last, in the order of the chunks, so that two runs agree bit for bit.
- * LK_E_SHAPE: sizes that no kernel is built for; LK_E_DEVICE: CUDA refused the launch, *cuda_error says why. */
+ * LK_E_SHAPE: sizes that no kernel is built for, or that need more shared memory than smem_bytes; LK_E_DEVICE: CUDA refused the launch, *cuda_error says why. */
 typedef struct {
     const lk_cuda_layer *layer;
     const void *q, *k, *v;

@@ -12,6 +12,8 @@
 #ifndef LEANK_PLAN_H
 #define LEANK_PLAN_H
 
+#include "leank.h"
+
 #include <stdint.h>
 
 #ifdef __CUDACC__
@@ -19,8 +21,6 @@
 #else
 #define LK_PLAN static inline
 #endif
-
-#define LK_PLAN_PAGE 64 /* tokens of a page */
 
 /* Tiles [0, sink_tiles) and [tail_tile, n_tiles) read every channel (whole), those between only the kept ones.
  * A unit that has nothing to read is void: one tile of cost 1 that reads nothing, so that its output has an owner. */
@@ -34,10 +34,10 @@ typedef struct {
 /* end: tokens j < end are visible; full_lo: from here on tokens are window; n_kept: Dk. */
 LK_PLAN lk_unit lk_unit_make(int32_t end, int32_t full_lo, int32_t sink, int32_t n_kept,
                              int32_t head_dim) {
-    const int32_t n_pages = (end + LK_PLAN_PAGE - 1) / LK_PLAN_PAGE;
-    int32_t sink_pages = (sink + LK_PLAN_PAGE - 1) / LK_PLAN_PAGE;
+    const int32_t n_pages = (end + LK_PAGE_TOKENS - 1) / LK_PAGE_TOKENS;
+    int32_t sink_pages = (sink + LK_PAGE_TOKENS - 1) / LK_PAGE_TOKENS;
     if (sink_pages > n_pages) sink_pages = n_pages;
-    int32_t tail_page = full_lo / LK_PLAN_PAGE;
+    int32_t tail_page = full_lo / LK_PAGE_TOKENS;
     if (tail_page < sink_pages) tail_page = sink_pages;
     if (tail_page > n_pages) tail_page = n_pages;
     lk_unit u;

@@ -128,7 +128,14 @@ static PyObject *py_attend(PyObject *module, PyObject *args, PyObject *kwargs) {
     a.work = work;
     a.stream = stream;
     a.cuda_error = &cuda_error;
-    return done_or_raise(lk_cuda_attend(&a), "attend", cuda_error);
+    const lk_status status = lk_cuda_attend(&a);
+    if (status == LK_E_SHAPE)
+        return PyErr_Format(
+            PyExc_ValueError,
+            "q, cache: %d rows, %d query heads on %d KV heads and head dim %d need more "
+            "than the %d bytes of shared memory of a block on this GPU",
+            a.layer->n_rows, a.n_q_heads, a.layer->n_heads, a.layer->head_dim, a.smem_bytes);
+    return done_or_raise(status, "attend", cuda_error);
 }
 
 static PyObject *py_append(PyObject *module, PyObject *args, PyObject *kwargs) {
@@ -324,6 +331,8 @@ static int module_exec(PyObject *module) {
     if (PyModule_AddIntConstant(module, "MAX_R", LK_CUDA_MAX_R) != 0) return -1;
     if (PyModule_AddIntConstant(module, "MAX_UNITS", LK_CUDA_MAX_UNITS) != 0) return -1;
     if (PyModule_AddIntConstant(module, "STATE_HEADER", LK_STATE_HEADER) != 0) return -1;
+    if (PyModule_AddIntConstant(module, "STATE_COLUMNS", LK_STATE_COLUMNS) != 0) return -1;
+    if (PyModule_AddIntConstant(module, "STATE_OVERFLOW", LK_STATE_OVERFLOW) != 0) return -1;
     if (PyModule_AddIntConstant(module, "STATE_OPEN", LK_STATE_OPEN) != 0) return -1;
     const int head_dims[] = LK_CUDA_HEAD_DIMS;
     PyObject *dims =

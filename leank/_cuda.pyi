@@ -3,6 +3,8 @@ from typing import TypedDict
 MAX_R: int
 MAX_UNITS: int
 STATE_HEADER: int
+STATE_COLUMNS: int
+STATE_OVERFLOW: int
 STATE_OPEN: int
 HEAD_DIMS: tuple[int, ...]
 

@@ -12,7 +12,7 @@ try:
     from leank import _cuda
 except ImportError as error:
     raise ImportError(
-        "leank was built without CUDA: install it where nvcc is found, with LEANK_CUDA=1"
+        f"leank was built without CUDA: install it where nvcc is found, with LEANK_CUDA=1 ({error})"
     ) from error
 
 _LIBRARY = torch.library.Library("leank", "DEF")
@@ -88,7 +88,10 @@ def _stride(x: torch.Tensor | None, n_axes: int) -> tuple[int, ...]:
 def _check_aligned(**tensors: torch.Tensor | None) -> None:
     """Rows are copied 16 bytes at a time."""
     for name, x in tensors.items():
-        if x is not None and (x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) % 8):
+        if x is None:
+            continue
+        strides = [x.stride(i) for i in range(2) if x.shape[i] > 1]
+        if x.data_ptr() % 16 or any(stride % 8 for stride in strides):
             raise ValueError(
                 f"{name}: expected rows that begin at multiples of 16 bytes, got strides "
                 f"{x.stride()} from address {x.data_ptr() % 16} modulo 16"

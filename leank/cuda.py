@@ -25,7 +25,7 @@ class LayerCache:
     """Packed K and V of one attention layer on a CUDA device.
 
     The rule and the sizes are those of ``leank.LayerCache``. A row's prompt is its first call with
-    a token of that row.
+    a token of that row. Caches of one device share a workspace: use them on one stream at a time.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class LayerCache:
     dtype : torch.dtype
         torch.bfloat16 or torch.float16.
     max_tokens : int
-        Columns and tokens that fit; their pages are allocated now.
+        Columns that fit; the pages for as many tokens of each row are allocated now.
     device : torch.device or str
 
     Raises
@@ -99,6 +99,8 @@ class LayerCache:
         self.sink, self.recent, self.slack, self.max_tokens = sink, recent, slack, max_tokens
         self._limits = [min(x, _MOST_TOKENS) for x in (sink, recent, slack, max_tokens)]
         self._reserve()
+        # Once a step was compiled or captured it may be replayed, which only the device counts.
+        self._may_be_replayed = False
         self.reset()
 
     def _reserve(self) -> None:
@@ -142,7 +144,7 @@ class LayerCache:
     @property
     def n_columns(self) -> int:
         """Columns stored, padding included. Waits for the device."""
-        return int(self._state[0])
+        return int(self._state[_cuda.STATE_COLUMNS])
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -156,14 +158,14 @@ class LayerCache:
         return self._rows(1).cpu().long()
 
     def check(self) -> None:
-        """Raise RuntimeError if a replayed step went past `max_tokens`. Waits for the device.
+        """Raise RuntimeError if a compiled or replayed step went past `max_tokens`.
 
-        Such a step stores nothing, and its output for the row is 0.
+        Such a step stores nothing, and its output is 0. Waits for the device.
         """
-        if int(self._state[2]):
+        if int(self._state[_cuda.STATE_OVERFLOW]):
             raise RuntimeError(
-                f"cache: a replayed step went past max_tokens = {self.max_tokens}; "
-                "its token was not stored"
+                f"cache: a compiled or replayed step went past max_tokens = {self.max_tokens}; "
+                "its tokens were not stored"
             )
 
     def memory(self) -> dict[str, int]:
@@ -175,15 +177,13 @@ class LayerCache:
         self._state.zero_()
         self._rows(1).fill_(min(self.sink, _MOST_TOKENS))
         self._rows(2).fill_(_cuda.STATE_OPEN)
-        self._columns: int | None = 0
+        self._columns = 0
 
     # ------------------------------------------------------------------------------------- changes
 
     def _count(self, n_new: int) -> int:
         """Columns before a call of n_new columns, which must fit."""
-        if self._columns is None:  # steps were replayed: only the device knows
-            self._columns = self.n_columns
-        before = self._columns
+        before = self.n_columns if self._may_be_replayed else self._columns
         if before + n_new > self.max_tokens:
             raise ValueError(
                 f"cache: expected at most max_tokens = {self.max_tokens} columns, "
@@ -205,7 +205,11 @@ class LayerCache:
         ------
         ValueError
             A tensor does not fit, or the columns are more than `max_tokens`; nothing is stored.
+        RuntimeError
+            A CUDA graph is being captured: where the columns go would be part of it.
         """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("append: expected no capture, got a stream that is being captured")
         n_columns = k.shape[2] if k.dim() == 4 else -1
         self._check_tensor(k, "k", (self.n_rows, self.n_heads, n_columns, self.head_dim))
         self._check_tensor(v, "v", (self.n_rows, self.n_heads, n_columns, self.head_dim))
@@ -257,6 +261,14 @@ class LayerCache:
             stream = torch.cuda.current_stream().cuda_stream
             _cuda.gather(layer, row, shape[1], k.data_ptr(), v.data_ptr(), stream)
         return k, v
+
+    def __deepcopy__(self, memo: dict) -> "LayerCache":
+        """Raise TypeError."""
+        raise TypeError("leank.cuda.LayerCache cannot be copied yet: its tables hold addresses")
+
+    def __reduce__(self) -> str:
+        """Raise TypeError."""
+        raise TypeError("leank.cuda.LayerCache cannot be pickled yet: its tables hold addresses")
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self._state, self._real, self._table, self._geom
@@ -324,10 +336,13 @@ def decode(
     Raises
     ------
     TypeError, ValueError
-        An argument does not fit, or the cache is full; the cache is as it was.
+        An argument does not fit, or the cache is full; the cache is as it was. A compiled or
+        replayed step does not know that the cache is full: see `LayerCache.check`.
 
     Notes
     -----
+    Caches of one device share a workspace: use them on one stream at a time.
+
     Source: LeanK, arXiv 2508.02215, section 3; online softmax, Milakov 2018.
     """
     n_rows, n_heads, head_dim = cache.n_rows, cache.n_heads, cache.head_dim
@@ -347,17 +362,22 @@ def decode(
         cache._check_tensor(v, "v", (n_rows, n_heads, 1, head_dim))
     if valid is not None:
         valid = cache._check_valid(valid, 1)
-    if sinks is not None and (
-        sinks.dtype != torch.float32 or tuple(sinks.shape) != (n_q_heads,) or not sinks.is_cuda
-    ):
-        raise ValueError(f"sinks: expected float32 ({n_q_heads},) on {cache.device}")
+    if sinks is not None:
+        fits = sinks.dtype == torch.float32 and tuple(sinks.shape) == (n_q_heads,)
+        if not (fits and sinks.device == cache.device and sinks.is_contiguous()):
+            raise ValueError(
+                f"sinks: expected contiguous float32 ({n_q_heads},) on {cache.device}, "
+                f"got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
+            )
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected 0 or a positive finite number, got {softcap}")
-    columns = None  # a step that may be replayed: only the device knows
-    if not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        cache._may_be_replayed = True
+        columns = 0  # is not used any more
+    else:
         columns = cache._count(k is not None) + (k is not None)
     out, lse = _ops.attend(
         q,

@@ -1,17 +1,22 @@
 """leank.cuda.LayerCache: torch.compile and CUDA graphs, limits, memory, large sizes, errors."""
 
+import copy
+
 import numpy as np
 import pytest
 
-from leank import _C
+from leank import LayerCache as CpuLayerCache
 
 from .conftest import random_keep
 from .cuda_tools import make, needs_gpu, torch
 
 pytestmark = needs_gpu
+pytest.importorskip("leank.cuda", reason="leank was built without CUDA")
 
 WIDTHS = (0, 16, 40, 128)
 WINDOW = {"sink": 10, "recent": 40, "slack": 20}
+# What inductor imports warns about things that it uses itself.
+compiles = pytest.mark.filterwarnings("ignore")
 
 
 def keep_of(widths=WIDTHS, D=128):
@@ -55,6 +60,7 @@ def assert_equal_contents(one, other):
 # ------------------------------------------------------------------------------ compile and graphs
 
 
+@compiles
 def test_compiled_step_equals_eager():
     from leank.cuda import decode
 
@@ -70,11 +76,12 @@ def test_compiled_step_equals_eager():
     assert_equal_contents(contents(compiled), contents(eager))
 
 
+@compiles
 def test_compiled_step_clones_no_pages():
     from leank.cuda import decode
 
     cache = filled(length=100, n_rows=8, max_tokens=16384)
-    assert cache.slab.numel() > 200 << 20
+    assert cache.slab.numel() > 100 << 20
 
     @torch.compile(fullgraph=True)
     def step(q, k, v):
@@ -92,6 +99,7 @@ def test_compiled_step_clones_no_pages():
     assert cache.lengths.tolist() == [104] * 8
 
 
+@compiles
 @pytest.mark.parametrize("compiled", [False, True])
 def test_replayed_steps_equal_eager(compiled):
     """A captured step goes on from whatever is stored, and its replays allocate nothing."""
@@ -125,6 +133,46 @@ def test_replayed_steps_equal_eager(compiled):
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
     assert_equal_contents(contents(cache), contents(eager))
+
+
+def test_the_host_knows_what_was_replayed():
+    """append and crop go on from what replays have stored, also after a reset."""
+    from leank.cuda import decode
+
+    eager, cache = filled(), filled()
+    inputs = column(cache)
+    decode(cache, *inputs)
+    cache.crop(300)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode(cache, *inputs)
+    k, v = (torch.cat([x] * 20, 2) for x in inputs[1:])
+    for one, replay in ((eager, lambda: decode(eager, *inputs)), (cache, graph.replay)):
+        one.reset()
+        one.append(k, v)
+        for _ in range(10):
+            replay()
+        one.append(k, v)
+        replay()
+        one.crop(45)
+        replay()
+    assert cache.n_columns == 46
+    assert_equal_contents(contents(cache), contents(eager))
+
+
+def test_append_in_a_capture_is_refused():
+    cache = filled()
+    _, k, v = column(cache)
+    with (
+        pytest.raises(RuntimeError, match="append: expected no capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        cache.append(k, v)
+
+
+def test_copies_are_refused():
+    with pytest.raises(TypeError, match="cannot be copied yet"):
+        copy.deepcopy(filled())
 
 
 # ------------------------------------------------------------------------------------------- limits
@@ -166,17 +214,16 @@ def test_a_replay_beyond_the_limit_writes_nothing_and_is_reported():
     assert not out.any()
     with pytest.raises(RuntimeError, match="went past max_tokens = 302"):
         cache.check()
+    assert cache.n_columns == 302
     cache.crop(300)
     cache.check()
 
 
 def test_memory_is_that_of_a_reserved_cpu_cache():
     cache = filled(length=300, max_tokens=3000)
-    told = _C.predict_memory(
-        cache.keep, np.array([0, 0]), dtype="bfloat16", max_tokens=3000, **WINDOW
-    )
-    memory = cache.memory()
-    assert {key: memory[key] for key in told} == told | {"slab_bytes": cache.slab.numel()}
+    cpu = CpuLayerCache(cache.keep, n_rows=2, dtype="bfloat16", max_tokens=3000, **WINDOW)
+    told = cpu.memory()
+    assert cache.memory() == told | {"slab_bytes": cache.slab.numel()}
     assert cache.slab.numel() == told["total_bytes"]
 
 
@@ -199,13 +246,15 @@ def test_more_than_two_to_the_31_elements():
         k, v = draw(n), draw(n)
         cache.append(k, v)
         rows.append((k[0, 7].clone(), v[0, 7].clone()))
-    k, v = draw(1), draw(1)
+    # The last key, beyond 2**31 elements, is that of nearly all the weight.
+    q, v = draw(1), draw(1)
+    k = q * 2
     rows.append((k[0, 7], v[0, 7]))
-    q = draw(1)
     out = decode(cache, q, k, v)
     k64, v64 = (torch.cat(x).double() for x in zip(*rows, strict=True))
     truth = torch.softmax(k64 @ q[0, 7, 0].double() / D**0.5, 0) @ v64
-    torch.testing.assert_close(out[0, 7, 0].double(), truth, rtol=2e-2, atol=2e-4)
+    assert torch.softmax(k64 @ q[0, 7, 0].double() / D**0.5, 0)[-1] > 0.5
+    torch.testing.assert_close(out[0, 7, 0].double(), truth, rtol=2e-2, atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------------- errors

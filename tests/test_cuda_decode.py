@@ -18,6 +18,7 @@ from .reference import History
 from .test_decode import expected
 
 pytestmark = needs_gpu
+_cuda_ops = pytest.importorskip("leank._cuda_ops", reason="leank was built without CUDA")
 DTYPES = ["bfloat16", "float16"]
 
 # As in test_decode: sizes, window, and steps; decodes bring one column.
@@ -163,6 +164,21 @@ def check(history, keep, q, out, lse, other, dtype, label):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_equals_rule(name, dtype):
     run_steps(DEFAULT | CASES[name], len(name), dtype)
+
+
+@pytest.mark.parametrize("n_blocks, n_stages", [(1, 6), (2, 2), (7, 3)])
+@pytest.mark.parametrize("name", ["long", "ragged", "turns", "many_rows", "R7", "R16", "D80"])
+def test_few_blocks_and_short_rings(monkeypatch, name, n_blocks, n_stages):
+    """Few blocks cut the work into many chunks; a short ring is used again and again."""
+    case = DEFAULT | CASES[name]
+    _cuda_ops.workspace(0)  # is kept, and has to be that of the real device
+    info = dict(_cuda_ops._device_info(0))
+    stage_bytes = 256 * case["D"]
+    fixed_bytes = 30_000  # what a block needs beside the ring in these cases, and less than a stage
+    info |= {"n_blocks": n_blocks, "smem_bytes": fixed_bytes + n_stages * stage_bytes}
+    assert info["smem_bytes"] <= _cuda_ops._device_info(0)["smem_bytes"]
+    monkeypatch.setattr(_cuda_ops, "_device_info", lambda device: info)
+    run_steps(case, len(name), "bfloat16")
 
 
 @st.composite
