@@ -19,11 +19,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-import leank
 from leank.cuda import LayerCache, decode
 from tests import compare
 from tests.bench import lib
-from tests.bench.bench_decode import llama_like_mask
 from tests.cuda_tools import to_coded
 
 # B, L, and whether all layers fit in memory together.
@@ -177,12 +175,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    if args.mask is None:
-        keep = llama_like_mask(args.seed)
-    elif args.mask.suffix == ".pth":
-        keep = leank.ChannelMask.from_pth(args.mask).keep
-    else:
-        keep = leank.ChannelMask.load(args.mask).keep
+    keep = lib.load_keep(args.mask, args.seed)
     if args.layers:
         keep = keep[:: max(1, len(keep) // args.layers)]
     machine = {"gpu": torch.cuda.get_device_name(), **lib.machine(1, args.seed)}

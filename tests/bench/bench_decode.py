@@ -25,16 +25,6 @@ from tests import compare
 from tests.bench import lib
 
 SLACK = 64
-# Heads that keep 0, 32, 64 and 96 of 128 channels, in 32 layers of 8 KV heads.
-LLAMA_WIDTHS = {0: 47, 32: 120, 64: 67, 96: 22}
-
-
-def llama_like_mask(seed: int) -> np.ndarray:
-    """Return a mask [32, 8, 128] with the widths of LLAMA_WIDTHS in random places."""
-    rng = np.random.default_rng(seed)
-    widths = np.repeat(list(LLAMA_WIDTHS), list(LLAMA_WIDTHS.values()))
-    ranks = rng.permuted(np.tile(np.arange(128), (len(widths), 1)), axis=1)
-    return (ranks < rng.permutation(widths)[:, None]).reshape(32, 8, 128)
 
 
 class Pruned:
@@ -241,13 +231,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.rotate_bytes = 4 * lib.last_level_cache_bytes()
-    if args.mask is None:
-        keep = llama_like_mask(args.seed)
-    elif args.mask.suffix == ".pth":
-        keep = leank.ChannelMask.from_pth(args.mask).keep
-    else:
-        keep = leank.ChannelMask.load(args.mask).keep
-    keep = keep[: args.layers]
+    keep = lib.load_keep(args.mask, args.seed)[: args.layers]
     machine = lib.machine(args.threads, args.seed)
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
     name = args.mask.name if args.mask else "of Llama-3.1-8B widths"
