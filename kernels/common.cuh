@@ -193,6 +193,16 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
     return y;
 }
 
+/* Sum of x over the lanes up to this one. */
+__device__ __forceinline__ uint32_t warp_sum_up_to(uint32_t x, int lane) {
+#pragma unroll
+    for (int step = 1; step < LK_WARP; step *= 2) {
+        const uint32_t other = __shfl_up_sync(LK_ALL, x, step);
+        if (lane >= step) x += other;
+    }
+    return x;
+}
+
 /* 2^x; 0 for -inf. */
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

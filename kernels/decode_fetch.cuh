@@ -151,12 +151,7 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
                 u = lk_unit_make(s.row_end[b], s.row_full_lo[b], p.layer.sink, s.n_kept[g], D);
                 cost = lk_unit_cost(&u);
             }
-            uint32_t sum = cost;
-#pragma unroll
-            for (int step = 1; step < LK_WARP; step *= 2) {
-                const uint32_t other = __shfl_up_sync(LK_ALL, sum, step);
-                if (lane >= step) sum += other;
-            }
+            const uint32_t sum = warp_sum_up_to(cost, lane);
             const uint32_t unit_base = base + sum - cost;
             base += __shfl_sync(LK_ALL, sum, LK_WARP - 1);
             int32_t tile_begin = 0, tile_end = 0;

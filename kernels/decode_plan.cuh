@@ -17,12 +17,7 @@ __device__ __forceinline__ void sum_rows(uint32_t *row_base, int32_t n, int lane
 #pragma unroll 1
     for (int32_t first = 1; first <= n; first += LK_WARP) {
         const int32_t i = first + lane;
-        uint32_t sum = i <= n ? row_base[i] : 0;
-#pragma unroll
-        for (int step = 1; step < LK_WARP; step *= 2) {
-            const uint32_t other = __shfl_up_sync(LK_ALL, sum, step);
-            if (lane >= step) sum += other;
-        }
+        const uint32_t sum = warp_sum_up_to(i <= n ? row_base[i] : 0, lane);
         if (i <= n) row_base[i] = carry + sum;
         carry += __shfl_sync(LK_ALL, sum, LK_WARP - 1);
     }
