@@ -50,31 +50,37 @@ def workspace(device: int) -> torch.Tensor:
     return torch.zeros(n_bytes, dtype=torch.uint8, device=torch.device("cuda", device))
 
 
-def layer_arguments(
-    tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, limits: list[int]
-) -> dict[str, object]:
-    """Return the arguments of _cuda.Layer for (state, real, table, geom) and the limits.
+def make_layer(
+    tensors: tuple[torch.Tensor, ...],
+    limits: list[int],
+    n_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> _cuda.Layer:
+    """Return the addresses and sizes of a layer for (state, real, table, geom) and the limits.
 
     limits : sink, recent, slack, max_tokens
     """
     state, real, table, geom = tensors
-    n_rows = table.shape[1]
     page = table.data_ptr()
-    return {
-        "page": page,
-        "twin": page + table.stride(0) * 8,
-        "table_stride": table.stride(1),
-        "state": state.data_ptr(),
-        "real": real.data_ptr(),
-        "real_stride": real.stride(0),
-        "geom": geom.data_ptr(),
-        "dtype": "bfloat16" if dtype == torch.bfloat16 else "float16",
-        "n_rows": n_rows,
-        "sink": limits[0],
-        "recent": limits[1],
-        "slack": limits[2],
-        "max_tokens": limits[3],
-    }
+    sink, recent, slack, max_tokens = limits
+    return _cuda.Layer(
+        page=page,
+        twin=page + table.stride(0) * 8,
+        table_stride=table.stride(1),
+        state=state.data_ptr(),
+        real=real.data_ptr(),
+        real_stride=real.stride(0),
+        geom=geom.data_ptr(),
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float16",
+        n_rows=table.shape[1],
+        n_heads=n_heads,
+        head_dim=head_dim,
+        sink=sink,
+        recent=recent,
+        slack=slack,
+        max_tokens=max_tokens,
+    )
 
 
 def _pointer(x: torch.Tensor | None) -> int | None:
@@ -107,11 +113,12 @@ def _attend(
     lse = torch.empty(
         (n_rows, n_q_heads, 1) if return_lse else (0,), dtype=torch.float32, device=q.device
     )
-    arguments = layer_arguments((state, real, table, geom), q.dtype, limits)
+    n_heads = geom.numel() // (16 + head_dim)  # 4 numbers and D places of each head
+    layer = make_layer((state, real, table, geom), limits, n_heads, head_dim, q.dtype)
     info = _device_info(q.device.index)
     with torch.cuda.device(q.device):
         _cuda.attend(
-            _cuda.Layer(**arguments, head_dim=head_dim, n_heads=geom.numel() // (16 + head_dim)),
+            layer,
             q=q.data_ptr(),
             q_stride=_stride(q, 2),
             k=_pointer(k),
@@ -136,10 +143,10 @@ def _attend(
 def _append(k, v, valid, slab, state, real, table, geom, columns_before, limits):
     n_rows, n_heads, n_columns, head_dim = k.shape
     position = torch.empty(n_rows, n_columns, dtype=torch.int32, device=k.device)
-    arguments = layer_arguments((state, real, table, geom), k.dtype, limits)
+    layer = make_layer((state, real, table, geom), limits, n_heads, head_dim, k.dtype)
     with torch.cuda.device(k.device):
         _cuda.append(
-            _cuda.Layer(**arguments, head_dim=head_dim, n_heads=n_heads),
+            layer,
             k=k.data_ptr(),
             k_stride=_stride(k, 3),
             v=v.data_ptr(),
@@ -153,10 +160,9 @@ def _append(k, v, valid, slab, state, real, table, geom, columns_before, limits)
 
 
 def _crop(slab, state, real, table, geom, n_columns, limits):
-    arguments = layer_arguments((state, real, table, geom), torch.bfloat16, limits)
+    # Which channels are kept makes no difference to a crop, nor does their number or type.
+    layer = make_layer((state, real, table, geom), limits, 1, 64, torch.bfloat16)
     with torch.cuda.device(state.device):
-        # Which channels are kept makes no difference to a crop.
-        layer = _cuda.Layer(**arguments, head_dim=64, n_heads=1)
         _cuda.crop(layer, n_columns, torch.cuda.current_stream().cuda_stream)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from leank import _C
-from leank._cuda_ops import _cuda, layer_arguments, workspace
+from leank._cuda_ops import _cuda, make_layer, workspace
 from leank._cuda_ops import ops as _ops
 
 __all__ = ["LayerCache", "decode"]
@@ -253,11 +253,8 @@ class LayerCache:
         shape = (self.n_heads, int(self.lengths[row]), self.head_dim)
         k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in "kv")
         with torch.cuda.device(self.device):
-            layer = _cuda.Layer(
-                **layer_arguments(self._tensors(), self.dtype, self._limits),
-                head_dim=self.head_dim,
-                n_heads=self.n_heads,
-            )
+            tensors = self._state, self._real, self._table, self._geom
+            layer = make_layer(tensors, self._limits, self.n_heads, self.head_dim, self.dtype)
             stream = torch.cuda.current_stream().cuda_stream
             _cuda.gather(layer, row, shape[1], k.data_ptr(), v.data_ptr(), stream)
         return k, v
@@ -269,9 +266,6 @@ class LayerCache:
     def __reduce__(self) -> str:
         """Raise TypeError."""
         raise TypeError("leank.cuda.LayerCache cannot be pickled yet: its tables hold addresses")
-
-    def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self._state, self._real, self._table, self._geom
 
     # --------------------------------------------------------------------------------------- checks
 
