@@ -372,7 +372,7 @@ def decode(
         cache._may_be_replayed = True
         columns = 0  # is not used any more
     else:
-        columns = cache._count(k is not None) + (k is not None)
+        columns = cache._count(int(k is not None)) + int(k is not None)
     out, lse = _ops.attend(
         q,
         k,
