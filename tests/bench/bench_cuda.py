@@ -4,9 +4,8 @@
 
 LeanK's time is that of decode with the new token stored, mean over the layers of the mask (without
 a file: random channels with the widths of the Llama-3.1-8B mask of the reference implementation).
-Each contender is captured in one CUDA graph: small shapes with all layers, or as many dense
-buffers, one after the other; large ones a layer at a time. Before each replay a write of twice the
-L2 cache evicts what was read before. Medians.
+Each contender is captured in CUDA graphs of as many layers as fit in memory, one after the other.
+Before each replay a write of twice the L2 cache evicts what was read before. Medians.
 """
 
 import argparse
@@ -24,16 +23,10 @@ from tests import compare
 from tests.bench import lib
 from tests.cuda_tools import to_coded
 
-# B, L, and whether all layers fit in memory together.
-SHAPES = [
-    (1, 1024, True),
-    (1, 4096, True),
-    (8, 8192, True),
-    (64, 4096, False),
-    (1, 131072, False),
-    (16, 32768, False),
-    (64, 32768, False),
-]
+# B and L.
+SHAPES = [(1, 1024), (1, 4096), (8, 8192), (64, 4096), (1, 131072), (16, 32768), (64, 32768)]
+# Dense K and V of the layers that share a graph, at most (but one layer at least).
+GRAPH_BYTES = 24 << 30
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -117,9 +110,9 @@ def check(keep: np.ndarray, args: argparse.Namespace) -> float:
 
 
 def measure_leank(
-    keep: np.ndarray, n_rows: int, length: int, together: bool, time, args: argparse.Namespace
+    keep: np.ndarray, n_rows: int, length: int, n: int, time, args: argparse.Namespace
 ) -> float:
-    """Microseconds of one layer, mean over the layers."""
+    """Microseconds of one layer, mean over the layers; n of them share a graph."""
     dim = keep.shape[2]
     q = torch.randn(n_rows, args.q_heads, 1, dim, device="cuda", dtype=torch.bfloat16)
     k, v = (
@@ -127,8 +120,8 @@ def measure_leank(
         for _ in "kv"
     )
     total = 0.0
-    for layers in [keep] if together else keep[:, None]:
-        caches = [filled(layer, n_rows, length, args) for layer in layers]
+    for first in range(0, len(keep), n):
+        caches = [filled(layer, n_rows, length, args) for layer in keep[first : first + n]]
 
         def work(caches=caches):
             for cache in caches:
@@ -171,6 +164,7 @@ def main() -> None:
     parser.add_argument("--sink", type=int, default=128)
     parser.add_argument("--recent", type=int, default=896)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", nargs="*", help="only these, as 8x8192 (B x L)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     args = parser.parse_args()
@@ -186,10 +180,12 @@ def main() -> None:
         f"recent {args.recent}; largest error {check(keep[0], args):.1e}"
     )
     time, lines = Timer(args.rounds), []
-    for n_rows, length, together in SHAPES:
-        us = measure_leank(keep, n_rows, length, together, time, args)
+    for n_rows, length in SHAPES:
+        if args.shapes and f"{n_rows}x{length}" not in args.shapes:
+            continue
+        n = min(len(keep), max(1, GRAPH_BYTES // (n_rows * length * n_heads * dim * 4)))
+        us = measure_leank(keep, n_rows, length, n, time, args)
         torch.cuda.empty_cache()
-        n = len(keep) if together else 1
         dense = measure_dense(n_heads, dim, n_rows, length, n, time, args)
         needed = float(np.mean([needed_bytes(layer, length, n_rows, args) for layer in keep]))
         ratio = n_rows * length * n_heads * dim * 4 / needed
