@@ -59,27 +59,49 @@ __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity) {
 #undef LK_WAIT
 }
 
-/* Barrier among the first n_threads of the block that call it (a multiple of 32); id 0 is __syncthreads. */
-__device__ __forceinline__ void named_barrier(int id, int n_threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
+/* The same for a whole warp. One lane waits: others might come so late that the barrier is two phases on, which looks as
+ * if this one had not completed. (Where every lane waits, the next phase needs an arrival that follows a __syncwarp.) */
+__device__ __forceinline__ void warp_wait(uint64_t *bar, uint32_t parity, int lane) {
+    if (lane == 0) barrier_wait(bar, parity);
+    __syncwarp();
 }
 
-/* A launch with programmatic serialization may begin while the kernel before it ends; what that kernel wrote is there
- * after this. */
+/* Launch a kernel whose blocks may come before the kernel ahead of them has ended (and then wait for it, see below),
+ * which hides the time that a launch takes. What was not built for sm_90 does not wait, and comes after it. */
+template <typename Kernel, typename... Args>
+static lk_status launch_early(dim3 grid, int n_threads, size_t smem_bytes, cudaStream_t stream,
+                              int32_t *cuda_error, Kernel kernel, const Args &...args) {
+    cudaFuncAttributes built;
+    cudaError_t error = cudaFuncGetAttributes(&built, kernel);
+    if (error != cudaSuccess) return lk_cuda_launched(error, stream, cuda_error);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3((unsigned)n_threads);
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = built.ptxVersion >= 90;
+    return lk_cuda_launched(cudaLaunchKernelEx(&config, kernel, args...), stream, cuda_error);
+}
+
+/* What earlier kernels wrote is there after this. */
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if LK_BULK_COPY
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-/* Let the next kernel's blocks come as this block's multiprocessor becomes free. */
+/* Let the next kernel's blocks come where there is room for them. */
 __device__ __forceinline__ void let_next_kernel_come() {
 #if LK_BULK_COPY
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-/* Add to a counter; what the block's threads wrote before a barrier is seen by whoever reads the sum, and the reverse. */
+/* Add to a counter; what the block's threads did before is seen by whoever reads the sum, and the reverse. */
 __device__ __forceinline__ int32_t add_and_order(int32_t *counter, int32_t n) {
     int32_t before;
     asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
@@ -113,6 +135,11 @@ __device__ __forceinline__ void bulk_copy(void *to, int64_t from, uint32_t n_byt
                  "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(to)),
                  "l"(from), "r"(n_bytes), "r"(smem_address(bar)), "l"(policy)
                  : "memory");
+}
+
+/* Bring n_bytes, a multiple of 16, into L2. */
+__device__ __forceinline__ void bulk_prefetch(int64_t from, uint32_t n_bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(n_bytes) : "memory");
 }
 
 /* Ordinary stores to shared memory before it are seen by bulk copies after it. */

@@ -1,8 +1,10 @@
-/* decode.cu: check the arguments of an attend and pick its kernel. */
-#include "decode.cuh"
+/* decode.cu: check the arguments of an attend, pick its kernel, and launch it and the one that merges. */
+#include "combine.cuh"
 
-typedef lk_status launch_fn(decode_params *p, int32_t n_blocks, int32_t smem_bytes,
-                            cudaStream_t stream, int32_t *cuda_error);
+#include <math.h>
+
+typedef lk_status launch_fn(decode_params *p, int32_t smem_bytes, cudaStream_t stream,
+                            int32_t *cuda_error);
 launch_fn launch_decode_bf16_64, launch_decode_bf16_80, launch_decode_bf16_96,
     launch_decode_bf16_128;
 launch_fn launch_decode_f16_64, launch_decode_f16_80, launch_decode_f16_96, launch_decode_f16_128;
@@ -18,15 +20,13 @@ static const struct {
     {LK_F16, 96, launch_decode_f16_96},   {LK_F16, 128, launch_decode_f16_128},
 };
 
-/* The counters have the same place for every layer, so that layers can share a workspace. */
-static size_t counter_bytes(int32_t n_blocks) {
-    const size_t n = 2 + 2 * (size_t)n_blocks + LK_CUDA_MAX_UNITS;
-    return (n * sizeof(int32_t) + 127) / 128 * 128;
-}
+/* counters, then unit_chunks, then states: the same places for every layer, so that layers can share the workspace. */
+#define HEADER_BYTES 128
 
 size_t lk_cuda_attend_work_bytes(int32_t head_dim, int32_t r, int32_t n_blocks) {
-    const size_t n_states = 2 * (size_t)n_blocks * (1 + 2 * LK_PLAN_HALVINGS);
-    return counter_bytes(n_blocks) + n_states * (size_t)part_floats(r, head_dim) * sizeof(float);
+    const size_t n_states = 2 * (size_t)n_blocks * 2 * LK_PLAN_HALVINGS;
+    return HEADER_BYTES + LK_CUDA_MAX_UNITS * sizeof(int2) +
+           n_states * (size_t)part_floats(r, head_dim) * sizeof(float);
 }
 
 lk_status lk_cuda_attend(const lk_cuda_attend_args *args) {
@@ -57,16 +57,18 @@ lk_status lk_cuda_attend(const lk_cuda_attend_args *args) {
     p.valid = args->valid;
     p.sinks = args->sinks;
     p.r = r;
+    p.n_blocks = args->n_blocks;
     p.scale = args->scale;
     p.softcap = args->softcap;
     p.counters = reinterpret_cast<int32_t *>(work);
-    p.share_tiles = p.counters + 2;
-    p.unit_tiles = p.share_tiles + 2 * args->n_blocks;
-    p.share_states = reinterpret_cast<float *>(work + counter_bytes(args->n_blocks));
-    p.chunk_states = p.share_states + 2 * (int64_t)args->n_blocks * part_floats(r, layer->head_dim);
-    for (const auto &instance : instances)
-        if (instance.dtype == layer->dtype && instance.head_dim == layer->head_dim)
-            return instance.launch(&p, args->n_blocks, args->smem_bytes,
-                                   static_cast<cudaStream_t>(args->stream), args->cuda_error);
+    p.unit_chunks = reinterpret_cast<int2 *>(work + HEADER_BYTES);
+    p.states = reinterpret_cast<float *>(p.unit_chunks + LK_CUDA_MAX_UNITS);
+    const cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
+    for (const auto &instance : instances) {
+        if (instance.dtype != layer->dtype || instance.head_dim != layer->head_dim) continue;
+        const lk_status status = instance.launch(&p, args->smem_bytes, stream, args->cuda_error);
+        if (status != LK_OK) return status;
+        return launch_combine(p, stream, args->cuda_error);
+    }
     return LK_E_SHAPE;
 }

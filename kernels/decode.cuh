@@ -7,7 +7,7 @@
  *   a softmax state of its own. Tokens are the rows of the first product and query heads its columns, so that R <= 8
  *   heads (16 in two column tiles) cost one pass over K and V;
  *   the others help: they bring the next part's q into the order of its operands, and merge the warps' states of the last
- *   part. Parts of one unit are merged by the blocks that finish last. */
+ *   part. Units that are cut into several parts are merged by combine.cu. */
 #ifndef LEANK_DECODE_CUH
 #define LEANK_DECODE_CUH
 
@@ -33,7 +33,7 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
         w.begin(s.q_operand + slot * shape::Q_WORDS, lane);
         const tile_layout<D> layout(n_kept);
         const T *new_k = s.q + (slot * (p.r + 2) + p.r) * D;
-        const bool with_new = p.k && part.tile_end == u.n_tiles;
+        const bool with_new = p.k && part.ends;
         __syncwarp();
         if (lane == 0 && !with_new) barrier_arrive(&s.part_empty[slot]);
 
@@ -45,7 +45,7 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
                 const int32_t first = lk_unit_page(&u, tile) * LK_PAGE_TOKENS + 16 * group;
                 unsigned char *stage = s.stage + (size_t)at.stage * shape::STAGE_BYTES;
                 if (p.k && part.end - 1 >= first && part.end - 1 < first + 16)
-                    store_new<T, D>(p, s, part, n_kept, new_k, new_k + D, stage, lane);
+                    patch_new<T, D>(s, part, n_kept, new_k, new_k + D, stage, lane);
                 const unsigned char *kept_k = stage + group * 32 * n_kept;
                 const unsigned char *v = stage + layout.v + group * 32 * D;
                 if (!lk_unit_is_whole(&u, tile)) take_middle(p, w, kept_k, v, n_kept, lane);
@@ -72,11 +72,6 @@ template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void help(const decode_params &p,
                                      const decode_smem<T, D, COLUMN_TILES> &s, int32_t thread) {
     using shape = decode_shape<D, COLUMN_TILES>;
-    const uint32_t *order = reinterpret_cast<const uint32_t *>(head_order(p.layer, 0));
-#pragma unroll 1
-    for (int32_t i = thread; i < p.layer.n_heads * D / 4; i += shape::HELPER_THREADS)
-        reinterpret_cast<uint32_t *>(s.order)[i] = order[i];
-    named_barrier(1, shape::HELPER_THREADS); /* the computing warps see it through q_full */
     decode_part last;
     last.row = -1;
     for (int32_t index = 0;; index++) {
@@ -89,10 +84,13 @@ __device__ __forceinline__ void help(const decode_params &p,
                 s.order + part.head * D, p.r, s.n_kept[part.head],
                 s.q_operand + slot * shape::Q_WORDS, thread, shape::HELPER_THREADS);
         __syncwarp();
-        if (thread % LK_WARP == 0) {
-            barrier_arrive(&s.q_full[slot]);
-            barrier_arrive(&s.part_empty[slot]);
+        if (thread % LK_WARP == 0) barrier_arrive(&s.q_full[slot]);
+        if (part.row >= 0 && p.k && part.ends && part.end > 0) {
+            const T *new_k = s.q + (slot * (p.r + 2) + p.r) * D;
+            store_new<T, D>(p, s, part, new_k, new_k + D, thread, shape::HELPER_THREADS);
+            __syncwarp();
         }
+        if (thread % LK_WARP == 0) barrier_arrive(&s.part_empty[slot]);
         if (last.row >= 0) {
             barrier_wait(s.states_full, (index - 1) & 1);
             finish_part<T, D, COLUMN_TILES>(p, s, last, thread);
@@ -103,19 +101,35 @@ __device__ __forceinline__ void help(const decode_params &p,
 }
 
 template <typename T, int D, int COLUMN_TILES>
-__global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::THREADS, 1)
+__global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::BOUND_THREADS, 1)
     decode_kernel(const __grid_constant__ decode_params p) {
     using shape = decode_shape<D, COLUMN_TILES>;
     extern __shared__ __align__(128) unsigned char memory[];
     decode_smem<T, D, COLUMN_TILES> s(memory, p);
     const int warp = threadIdx.x / LK_WARP, lane = threadIdx.x % LK_WARP;
     s.init(p);
+    const uint32_t *order = reinterpret_cast<const uint32_t *>(head_order(p.layer, 0));
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < p.layer.n_heads * D / 4; i += shape::THREADS)
+        reinterpret_cast<uint32_t *>(s.order)[i] = order[i];
     __syncthreads();
-    wait_for_earlier_kernels();
-    make_plan(p, s);
-    __syncthreads();
+    let_next_kernel_come();
+    /* The plan is made while earlier kernels run, so that its reads and the first tiles are under way when they end. If they
+     * change what a row sees, it is made again. */
+    fetcher<T, D, COLUMN_TILES> fetch(p, s, lane);
+#pragma unroll 1
+    for (int round = 0;; round++) {
+        make_plan(p, s);
+        __syncthreads();
+        if (warp == shape::FETCH_WARP) fetch.prepare();
+        if (round == 1) break;
+        wait_for_earlier_kernels();
+        if (__syncthreads_and(plan_holds(p, s))) break;
+        s.clear_plan(p);
+        __syncthreads();
+    }
     if (warp == shape::FETCH_WARP) {
-        fetcher<T, D, COLUMN_TILES>(p, s, lane).run();
+        fetch.run();
         finish_launch(p, lane);
     } else if (warp < shape::COMPUTE_WARPS) {
         compute<T, D, COLUMN_TILES>(p, s, warp, lane);
@@ -125,41 +139,29 @@ __global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::THREADS, 1)
 }
 
 template <typename T, int D, int COLUMN_TILES>
-static lk_status launch_decode(decode_params *p, int32_t n_blocks, int32_t smem_bytes,
-                               cudaStream_t stream, int32_t *cuda_error) {
+static lk_status launch_decode(decode_params *p, int32_t smem_bytes, cudaStream_t stream,
+                               int32_t *cuda_error) {
     using shape = decode_shape<D, COLUMN_TILES>;
     const size_t fixed = decode_smem<T, D, COLUMN_TILES>::fixed_bytes(*p);
     const int64_t n_stages = ((int64_t)smem_bytes - (int64_t)fixed) / shape::STAGE_BYTES;
     if (n_stages < 2) return LK_E_SHAPE;
-    p->n_stages = n_stages < LK_MAX_STAGES ? (int32_t)n_stages : LK_MAX_STAGES;
+    const int64_t enough = LK_RING_BYTES / shape::STAGE_BYTES;
+    p->n_stages = (int32_t)(n_stages < enough ? n_stages : enough);
     const size_t bytes = fixed + (size_t)p->n_stages * shape::STAGE_BYTES;
     const auto kernel = decode_kernel<T, D, COLUMN_TILES>;
-    cudaFuncAttributes built;
-    cudaError_t error = cudaFuncGetAttributes(&built, kernel);
-    if (error == cudaSuccess)
-        error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (error != cudaSuccess) return lk_cuda_launched(error, stream, cuda_error);
-    /* Blocks may come before the kernel ahead of them has ended, and wait for it: what was built for sm_90 can. */
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)n_blocks);
-    config.blockDim = dim3(shape::THREADS);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = built.ptxVersion >= 90;
-    return lk_cuda_launched(cudaLaunchKernelEx(&config, kernel, *p), stream, cuda_error);
+    return launch_early(dim3((unsigned)p->n_blocks), shape::THREADS, bytes, stream, cuda_error,
+                        kernel, *p);
 }
 
 /* inst/decode_<name>_<D>.cu: the kernels of one dtype and head dim, for up to 8 and up to 16 query heads per KV head. */
 #define LK_DECODE_INSTANCE(name, T, D)                                                             \
-    lk_status launch_decode_##name##_##D(decode_params *p, int32_t n_blocks, int32_t smem_bytes,   \
+    lk_status launch_decode_##name##_##D(decode_params *p, int32_t smem_bytes,                     \
                                          cudaStream_t stream, int32_t *cuda_error) {               \
-        if (p->r <= 8) return launch_decode<T, D, 1>(p, n_blocks, smem_bytes, stream, cuda_error); \
-        return launch_decode<T, D, 2>(p, n_blocks, smem_bytes, stream, cuda_error);                \
+        if (p->r <= 8) return launch_decode<T, D, 1>(p, smem_bytes, stream, cuda_error);           \
+        return launch_decode<T, D, 2>(p, smem_bytes, stream, cuda_error);                          \
     }
 
 #endif

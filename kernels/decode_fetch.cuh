@@ -23,6 +23,13 @@ typedef struct {
     }
 } ring_place;
 
+/* A part as the fetching warp has found it: with where its first 32 tiles are, a lane each. */
+typedef struct {
+    bool exists;
+    decode_part part;
+    int64_t page, twin; /* 0: not needed */
+} found_part;
+
 template <typename T, int D, int COLUMN_TILES> struct fetcher {
     using smem = decode_smem<T, D, COLUMN_TILES>;
     const decode_params &p;
@@ -31,91 +38,128 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
     ring_place at;
     int32_t n_parts;
 
+    /* The chunk: costs [begin, end), the row, and where the next 32 heads of the row begin. */
+    lk_cut cut;
+    int32_t chunk, row, next_head;
+    uint32_t begin, end, next_base;
+    /* Heads of the 32 before those, a lane each, that have tiles in the chunk and were not handed over yet. */
+    uint32_t heads_left;
+    int32_t lane_tile_begin, lane_tile_end;
+    uint32_t lane_base;
+    /* The part that comes next, and the one after it in the chunk. */
+    found_part now, after;
+
     __device__ __forceinline__ fetcher(const decode_params &params, const smem &memory,
                                        int own_lane)
         : p(params), s(memory), lane(own_lane), at{0, 0}, n_parts(0) {}
 
-    /* whole: the tile's dropped channels are wanted, and there are some. */
+    /* Bytes of a tile's page and twin; whole: the tile's dropped channels are wanted, and there are some. */
+    __device__ __forceinline__ static uint32_t page_bytes(int32_t n_kept) {
+        return n_kept > 0 ? 128u * (uint32_t)(n_kept + D) : 0;
+    }
+    __device__ __forceinline__ static uint32_t twin_bytes(int32_t n_kept, bool whole) {
+        return !whole ? 0 : 128u * (uint32_t)(n_kept > 0 ? D - n_kept : 2 * D);
+    }
+
     __device__ __forceinline__ void fetch_tile(int64_t page, int64_t twin, int32_t n_kept,
                                                bool whole) {
         unsigned char *to = s.stage + (size_t)at.stage * smem::shape::STAGE_BYTES;
         uint64_t *bar = &s.full[at.stage];
         const tile_layout<D> layout(n_kept);
-        const uint32_t page_bytes = n_kept > 0 ? 128u * (uint32_t)(n_kept + D) : 0;
-        const uint32_t twin_bytes = !whole ? 0 : 128u * (uint32_t)(n_kept > 0 ? D - n_kept : 2 * D);
-        barrier_wait(&s.empty[at.stage], at.phase ^ 1);
+        const uint32_t n_page = page_bytes(n_kept), n_twin = twin_bytes(n_kept, whole);
+        warp_wait(&s.empty[at.stage], at.phase ^ 1, lane);
 #if LK_BULK_COPY
         if (lane == 0) {
             const uint64_t policy = stream_policy();
-            barrier_expect(bar, page_bytes + twin_bytes);
-            if (page_bytes) bulk_copy(to, page, page_bytes, bar, policy);
-            if (twin_bytes) bulk_copy(to + layout.dropped, twin, twin_bytes, bar, policy);
+            barrier_expect(bar, n_page + n_twin);
+            if (n_page) bulk_copy(to, page, n_page, bar, policy);
+            if (n_twin) bulk_copy(to + layout.dropped, twin, n_twin, bar, policy);
         }
 #else
-        warp_copy(to, page, page_bytes, lane);
-        warp_copy(to + layout.dropped, twin, twin_bytes, lane);
+        warp_copy(to, page, n_page, lane);
+        warp_copy(to + layout.dropped, twin, n_twin, lane);
         arrive_after_copies(bar);
 #endif
         at.advance(p.n_stages);
     }
 
-    __device__ __forceinline__ void fetch_part(const lk_unit &u, const decode_part &part) {
-        const lk_cuda_layer &layer = p.layer;
-        const int32_t n_kept = s.n_kept[part.head];
-        const int64_t page_off = head_kept_off(layer, part.head);
-        const int64_t twin_off = head_dropped_off(layer, part.head);
-        const int64_t row_table = (int64_t)part.row * layer.table_stride;
-#pragma unroll 1
-        for (int32_t first = part.tile_begin; first < part.tile_end; first += LK_WARP) {
-            const int32_t tile = first + lane;
-            int64_t page = 0, twin = 0;
-            if (tile < part.tile_end) {
-                const int64_t entry = row_table + lk_unit_page(&u, tile);
-                if (n_kept > 0) page = layer.page[entry] + page_off;
-                if (n_kept < D && lk_unit_is_whole(&u, tile)) twin = layer.twin[entry] + twin_off;
-            }
-            const int32_t n = min(LK_WARP, part.tile_end - first);
-#pragma unroll 1
-            for (int32_t i = 0; i < n; i++)
-                fetch_tile(__shfl_sync(LK_ALL, page, i), __shfl_sync(LK_ALL, twin, i), n_kept,
-                           n_kept < D && lk_unit_is_whole(&u, first + i));
-        }
+    __device__ __forceinline__ lk_unit unit_of(const decode_part &part) const {
+        return lk_unit_make(part.end, part.full_lo, p.layer.sink, s.n_kept[part.head], D);
     }
 
-    /* Copy one row of D to the i-th place of a part's rows. */
-    __device__ __forceinline__ void fetch_vector(T *to, const void *from, int64_t at,
-                                                 uint64_t *bar) {
-        const int64_t address = reinterpret_cast<int64_t>(static_cast<const T *>(from) + at);
+    /* Where this lane's tile of the part's tiles from `first` on is. */
+    __device__ __forceinline__ void find_tiles(found_part *f, const lk_unit &unit, int32_t first) {
+        const lk_cuda_layer &layer = p.layer;
+        const int32_t head = f->part.head, n_kept = s.n_kept[head], tile = first + lane;
+        f->page = f->twin = 0;
+        if (unit.is_void || tile >= f->part.tile_end) return;
+        const int64_t row_table = (int64_t)f->part.row * layer.table_stride;
+        const int64_t entry = row_table + lk_unit_page(&unit, tile);
+        if (n_kept > 0) f->page = __ldcg(layer.page + entry) + head_kept_off(layer, head);
+        if (n_kept < D && lk_unit_is_whole(&unit, tile))
+            f->twin = __ldcg(layer.twin + entry) + head_dropped_off(layer, head);
+    }
+
+    /* Bring the first n_tiles into L2, up to 32. */
+    __device__ __forceinline__ void prefetch(const found_part &f, int32_t n_tiles) {
 #if LK_BULK_COPY
-        if (lane == 0) bulk_copy(to, address, D * sizeof(T), bar, stream_policy());
-#else
-        warp_copy(reinterpret_cast<unsigned char *>(to), address, D * sizeof(T), lane);
+        if (!f.exists || lane >= n_tiles) return;
+        const int32_t n_kept = s.n_kept[f.part.head];
+        if (f.page) bulk_prefetch(f.page, page_bytes(n_kept));
+        if (f.twin) bulk_prefetch(f.twin, twin_bytes(n_kept, true));
 #endif
     }
 
-    /* Tell the other warps of the next part, with its q, and k and v of the new token if the part has its tile;
-     * row < 0 ends their work. */
+    __device__ __forceinline__ void fetch_part(const lk_unit &unit) {
+        const int32_t n_kept = s.n_kept[now.part.head], end = now.part.tile_end;
+#pragma unroll 1
+        for (int32_t first = now.part.tile_begin; first < end; first += LK_WARP) {
+            if (first > now.part.tile_begin) find_tiles(&now, unit, first);
+            const int32_t n = min(LK_WARP, end - first);
+#pragma unroll 1
+            for (int32_t i = 0; i < n; i++)
+                fetch_tile(__shfl_sync(LK_ALL, now.page, i), __shfl_sync(LK_ALL, now.twin, i),
+                           n_kept, n_kept < D && lk_unit_is_whole(&unit, first + i));
+        }
+    }
+
+    /* Copy n neighbouring rows of D. */
+    __device__ __forceinline__ void fetch_rows(T *to, const void *from, int64_t first, int32_t n,
+                                               uint64_t *bar) {
+        const int64_t address = reinterpret_cast<int64_t>(static_cast<const T *>(from) + first);
+        const uint32_t n_bytes = (uint32_t)(n * D) * sizeof(T);
+#if LK_BULK_COPY
+        if (lane == 0) bulk_copy(to, address, n_bytes, bar, stream_policy());
+#else
+        warp_copy(reinterpret_cast<unsigned char *>(to), address, n_bytes, lane);
+#endif
+    }
+
+    /* Tell the other warps of a part, with its q, and k and v of the new token if it has the token's tile; row < 0 ends
+     * their work. */
     __device__ __forceinline__ void hand_over(const decode_part &part, bool with_new) {
         const int slot = n_parts & 1;
         uint64_t *bar = &s.part_full[slot];
-        barrier_wait(&s.part_empty[slot], ((n_parts >> 1) & 1) ^ 1);
+        warp_wait(&s.part_empty[slot], ((n_parts >> 1) & 1) ^ 1, lane);
         n_parts++;
         T *to = s.q + slot * (p.r + 2) * D;
         if (lane == 0) s.part[slot] = part;
 #if LK_BULK_COPY
-        const int32_t n_vectors = part.row < 0 ? 0 : p.r + 2 * with_new;
-        if (lane == 0) barrier_expect(bar, (uint32_t)(n_vectors * D * sizeof(T)));
+        const int32_t n_rows = part.row < 0 ? 0 : p.r + 2 * with_new;
+        if (lane == 0) barrier_expect(bar, (uint32_t)(n_rows * D * sizeof(T)));
 #endif
         if (part.row >= 0) {
+            const bool together = p.q_stride[1] == D;
 #pragma unroll 1
-            for (int32_t i = 0; i < p.r; i++)
-                fetch_vector(to + i * D, p.q,
-                             part.row * p.q_stride[0] + (part.head * p.r + i) * p.q_stride[1], bar);
+            for (int32_t i = 0; i < (together ? 1 : p.r); i++)
+                fetch_rows(to + i * D, p.q,
+                           part.row * p.q_stride[0] + (part.head * p.r + i) * p.q_stride[1],
+                           together ? p.r : 1, bar);
             if (with_new) {
-                fetch_vector(to + p.r * D, p.k,
-                             part.row * p.k_stride[0] + part.head * p.k_stride[1], bar);
-                fetch_vector(to + (p.r + 1) * D, p.v,
-                             part.row * p.v_stride[0] + part.head * p.v_stride[1], bar);
+                fetch_rows(to + p.r * D, p.k, part.row * p.k_stride[0] + part.head * p.k_stride[1],
+                           1, bar);
+                fetch_rows(to + (p.r + 1) * D, p.v,
+                           part.row * p.v_stride[0] + part.head * p.v_stride[1], 1, bar);
             }
         }
 #if !LK_BULK_COPY
@@ -137,61 +181,99 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         return low;
     }
 
-    /* The heads of a row, a lane each: those with tiles in [begin, end) of the costs, in order. */
-    __device__ __forceinline__ void fetch_row(int32_t b, int32_t chunk, uint32_t begin,
-                                              uint32_t end) {
-        const int32_t n_heads = p.layer.n_heads;
-        uint32_t base = s.row_base[b];
-#pragma unroll 1
-        for (int32_t first = 0; first < n_heads && base < end; first += LK_WARP) {
-            const int32_t g = first + lane;
-            lk_unit u = {};
-            uint32_t cost = 0;
-            if (g < n_heads) {
-                u = lk_unit_make(s.row_end[b], s.row_full_lo[b], p.layer.sink, s.n_kept[g], D);
-                cost = lk_unit_cost(&u);
-            }
-            const uint32_t sum = warp_sum_up_to(cost, lane);
-            const uint32_t unit_base = base + sum - cost;
-            base += __shfl_sync(LK_ALL, sum, LK_WARP - 1);
-            int32_t tile_begin = 0, tile_end = 0;
-            if (g < n_heads) {
-                tile_begin = lk_unit_first_tile(&u, unit_base, begin);
-                tile_end = lk_unit_first_tile(&u, unit_base, end);
-            }
-            uint32_t with_tiles = __ballot_sync(LK_ALL, tile_begin < tile_end);
-            for (; with_tiles; with_tiles &= with_tiles - 1) {
-                const int i = __ffs((int)with_tiles) - 1;
-                const decode_part part = {b,
-                                          first + i,
-                                          chunk,
-                                          __shfl_sync(LK_ALL, tile_begin, i),
-                                          __shfl_sync(LK_ALL, tile_end, i),
-                                          __shfl_sync(LK_ALL, unit_base, i),
-                                          s.row_end[b],
-                                          s.row_full_lo[b]};
-                const lk_unit unit =
-                    lk_unit_make(part.end, part.full_lo, p.layer.sink, s.n_kept[part.head], D);
-                hand_over(part, p.k && !unit.is_void && part.tile_end == unit.n_tiles);
-                if (!unit.is_void) fetch_part(unit, part);
-            }
+    __device__ __forceinline__ void open_chunk(int32_t taken) {
+        chunk = lk_cut_chunk_taken(&cut, taken);
+        begin = lk_cut_begin(&cut, chunk);
+        end = lk_cut_begin(&cut, chunk + 1);
+        row = begin < end ? find_row(begin) : p.layer.n_rows;
+        next_head = 0;
+        next_base = row < p.layer.n_rows ? s.row_base[row] : end;
+        heads_left = 0;
+    }
+
+    /* The next 32 heads of the row, a lane each: which tiles of theirs are in the chunk. */
+    __device__ __forceinline__ void open_heads() {
+        const int32_t g = next_head + lane;
+        const row_view view = s.row[row];
+        lk_unit u = {};
+        uint32_t cost = 0;
+        if (g < p.layer.n_heads) {
+            u = lk_unit_make(view.end, view.full_lo, p.layer.sink, s.n_kept[g], D);
+            cost = lk_unit_cost(&u);
         }
+        const uint32_t sum = warp_sum_up_to(cost, lane);
+        lane_base = next_base + sum - cost;
+        lane_tile_begin = lane_tile_end = 0;
+        if (g < p.layer.n_heads) {
+            lane_tile_begin = lk_unit_first_tile(&u, lane_base, begin);
+            lane_tile_end = lk_unit_first_tile(&u, lane_base, end);
+        }
+        heads_left = __ballot_sync(LK_ALL, lane_tile_begin < lane_tile_end);
+        next_base += __shfl_sync(LK_ALL, sum, LK_WARP - 1);
+        next_head += LK_WARP;
+    }
+
+    /* The chunk's next part, if it has more. */
+    __device__ __forceinline__ void find_part(found_part *f) {
+        f->exists = false;
+        while (!heads_left) {
+            if (next_head >= p.layer.n_heads) {
+                next_head = 0;
+                row++;
+            }
+            if (row >= p.layer.n_rows || next_base >= end) return;
+            open_heads();
+        }
+        const int i = __ffs((int)heads_left) - 1;
+        heads_left &= heads_left - 1;
+        const row_view view = s.row[row];
+        f->exists = true;
+        f->part.row = row;
+        f->part.head = next_head - LK_WARP + i;
+        f->part.chunk = chunk;
+        f->part.tile_begin = __shfl_sync(LK_ALL, lane_tile_begin, i);
+        f->part.tile_end = __shfl_sync(LK_ALL, lane_tile_end, i);
+        f->part.end = view.end;
+        f->part.full_lo = view.full_lo;
+        const lk_unit unit = unit_of(f->part);
+        f->part.ends = f->part.tile_end == unit.n_tiles;
+        find_tiles(f, unit, f->part.tile_begin);
+    }
+
+    /* Find the first parts of the chunk that is taken as the n-th. */
+    __device__ __forceinline__ void begin_chunk(int32_t taken) {
+        open_chunk(taken);
+        find_part(&now);
+        find_part(&after);
+    }
+
+    /* Before earlier kernels have ended: find the block's first parts, and bring as many tiles of each into L2 as two rings
+     * hold. */
+    __device__ __forceinline__ void prepare() {
+        sum_rows(s.row_base, p.layer.n_rows, lane);
+        __syncwarp();
+        cut =
+            lk_cut_make(s.row_base[p.layer.n_rows], p.layer.n_rows * p.layer.n_heads, gridDim.x, D);
+        begin_chunk(blockIdx.x);
+        prefetch(now, 2 * p.n_stages);
+        prefetch(after, 2 * p.n_stages);
     }
 
     __device__ __forceinline__ void run() {
-        sum_rows(s.row_base, p.layer.n_rows, lane);
-        __syncwarp();
-        const lk_cut cut = lk_cut_make(s.row_base[p.layer.n_rows], gridDim.x, D);
         const int32_t n_chunks = cut.n_blocks * cut.n_chunks;
-        for (int32_t taken = blockIdx.x; taken < n_chunks;) {
-            const int32_t chunk = lk_cut_chunk_taken(&cut, taken);
-            const uint32_t begin = lk_cut_begin(&cut, chunk), end = lk_cut_begin(&cut, chunk + 1);
-            if (begin < end)
-                for (int32_t b = find_row(begin); b < p.layer.n_rows && s.row_base[b] < end; b++)
-                    fetch_row(b, chunk, begin, end);
-            if (cut.n_chunks == 1) break;
-            if (lane == 0) taken = (int32_t)gridDim.x + atomicAdd(&p.counters[0], 1);
+        for (;;) {
+            while (now.exists) {
+                const lk_unit unit = unit_of(now.part);
+                hand_over(now.part, p.k && now.part.ends && !unit.is_void);
+                if (!unit.is_void) fetch_part(unit);
+                now = after;
+                if (now.exists) find_part(&after);
+            }
+            int32_t taken = n_chunks;
+            if (lane == 0 && cut.n_chunks > 1) taken = gridDim.x + atomicAdd(&p.counters[0], 1);
             taken = __shfl_sync(LK_ALL, taken, 0);
+            if (taken >= n_chunks) break;
+            begin_chunk(taken);
         }
         decode_part no_more = {};
         no_more.row = -1;

@@ -5,10 +5,23 @@
 
 #include "decode_shape.cuh"
 
+/* What earlier kernels may be writing still is read past L1, so that a later read finds the new value. */
 __device__ __forceinline__ bool is_real(const decode_params &p, int32_t b) {
-    if (p.k) return !p.valid || p.valid[b];
-    const int32_t columns = p.layer.state[LK_STATE_COLUMNS];
-    return columns > 0 && p.layer.real[b * p.layer.real_stride + columns - 1];
+    if (p.k) return !p.valid || __ldcg(p.valid + b);
+    const int32_t columns = __ldcg(p.layer.state + LK_STATE_COLUMNS);
+    return columns > 0 && __ldcg(p.layer.real + b * p.layer.real_stride + columns - 1);
+}
+
+__device__ __forceinline__ row_view view_row(const decode_params &p, int32_t b) {
+    const lk_cuda_layer &layer = p.layer;
+    const int32_t columns = __ldcg(layer.state + LK_STATE_COLUMNS);
+    const int32_t len = __ldcg(state_len(layer) + b), lo = __ldcg(state_lo(layer) + b);
+    const int32_t n0 = __ldcg(state_n0(layer) + b), position = p.k ? len : len - 1;
+    const bool fits = !p.k || columns < layer.max_tokens;
+    row_view view;
+    view.end = fits && position >= 0 && is_real(p, b) ? position + 1 : 0;
+    view.full_lo = full_lo_of(layer, lo, n0, position);
+    return view;
 }
 
 /* s.row_base[i] for i in 1..n become sums up to i; one warp. */
@@ -29,22 +42,27 @@ template <typename Smem>
 __device__ __forceinline__ void make_plan(const decode_params &p, Smem &s) {
     const lk_cuda_layer &layer = p.layer;
     const int32_t n_heads = layer.n_heads, n_units = layer.n_rows * n_heads;
-    const bool fits = !p.k || layer.state[LK_STATE_COLUMNS] < layer.max_tokens;
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < n_units; i += blockDim.x) {
-        const int32_t b = i / n_heads, g = i % n_heads;
-        const int32_t len = state_len(layer)[b], lo = state_lo(layer)[b], n0 = state_n0(layer)[b];
-        const int32_t n_kept = head_kept(layer, g);
-        const int32_t position = p.k ? len : len - 1;
-        const bool stored = fits && is_real(p, b) && position >= 0;
-        const int32_t end = stored ? position + 1 : 0;
-        const int32_t full_lo = full_lo_of(layer, lo, n0, position);
-        const lk_unit u = lk_unit_make(end, full_lo, layer.sink, n_kept, layer.head_dim);
+        const int32_t b = i / n_heads, n_kept = head_kept(layer, i % n_heads);
+        const row_view view = view_row(p, b);
+        const lk_unit u = lk_unit_make(view.end, view.full_lo, layer.sink, n_kept, layer.head_dim);
         atomicAdd(&s.row_base[b + 1], lk_unit_cost(&u));
-        s.row_end[b] = end; /* the same from every head of the row */
-        s.row_full_lo[b] = full_lo;
-        s.n_kept[g] = n_kept;
+        s.row[b] = view; /* the same from every head of the row */
+        s.n_kept[i % n_heads] = n_kept;
     }
+}
+
+/* Whether rows still see what they saw when the plan was made; by all threads, each for some rows. */
+template <typename Smem>
+__device__ __forceinline__ bool plan_holds(const decode_params &p, const Smem &s) {
+    bool holds = true;
+#pragma unroll 1
+    for (int32_t b = threadIdx.x; b < p.layer.n_rows; b += blockDim.x) {
+        const row_view view = view_row(p, b);
+        holds = holds && view.end == s.row[b].end && view.full_lo == s.row[b].full_lo;
+    }
+    return holds;
 }
 
 /* By one warp of each block, when the block has taken its last chunk. Then it has read the lengths too: the last block
@@ -52,13 +70,12 @@ __device__ __forceinline__ void make_plan(const decode_params &p, Smem &s) {
 __device__ __forceinline__ void finish_launch(const decode_params &p, int lane) {
     const lk_cuda_layer &layer = p.layer;
     int32_t n_before = 0;
-    let_next_kernel_come();
     if (lane == 0) n_before = add_and_order(&p.counters[1], 1);
     n_before = __shfl_sync(LK_ALL, n_before, 0);
     if (n_before != (int32_t)gridDim.x - 1) return;
     if (lane == 0) p.counters[0] = p.counters[1] = 0;
     if (!p.k) return;
-    const int32_t columns = layer.state[LK_STATE_COLUMNS];
+    const int32_t columns = __ldcg(layer.state + LK_STATE_COLUMNS);
     if (columns >= layer.max_tokens) { /* nothing was stored */
         if (lane == 0) layer.state[LK_STATE_OVERFLOW] = 1;
         return;
@@ -67,7 +84,7 @@ __device__ __forceinline__ void finish_launch(const decode_params &p, int lane) 
     for (int32_t b = lane; b < layer.n_rows; b += LK_WARP) {
         const bool real = is_real(p, b);
         layer.real[b * layer.real_stride + columns] = real;
-        if (real) settle_row(layer, b, state_len(layer)[b] + 1);
+        if (real) settle_row(layer, b, __ldcg(state_len(layer) + b) + 1);
     }
     __syncwarp();
     if (lane == 0) layer.state[LK_STATE_COLUMNS] = columns + 1;

@@ -4,17 +4,22 @@
 
 #include "state.cuh"
 
-#define LK_MAX_STAGES 16
+#define LK_MAX_STAGES 16 /* LK_RING_BYTES / STAGE_BYTES, at most */
+/* A longer ring is not faster, and blocks of the next kernel find no room beside it. */
+#define LK_RING_BYTES (160 * 1024)
 #define LK_O_PAD 4 /* floats after each row of o in shared memory: then no bank is met twice */
 
 template <int D, int COLUMN_TILES> struct decode_shape {
     /* Two column tiles take the registers of two teams. */
     static constexpr int TEAMS = COLUMN_TILES == 1 ? 2 : 1;
     static constexpr int COMPUTE_WARPS = 4 * TEAMS;
-    static constexpr int HELPER_WARPS = 4;
+    static constexpr int HELPER_WARPS = 3;
     static constexpr int FETCH_WARP = COMPUTE_WARPS + HELPER_WARPS;
     static constexpr int HELPER_THREADS = HELPER_WARPS * LK_WARP;
     static constexpr int THREADS = (FETCH_WARP + 1) * LK_WARP;
+    /* As many threads would fill the registers: so each has at most 128, and with the same number of warps in every
+     * quarter of a multiprocessor, a block of combine.cu fits beside a block. */
+    static constexpr int BOUND_THREADS = COLUMN_TILES == 1 ? 512 : THREADS;
     static constexpr int STAGE_BYTES = 2 * D * LK_PAGE_TOKENS * 2;
     static constexpr int STATE_FLOATS = 2 + D + LK_O_PAD; /* of one warp and column */
     static constexpr int Q_WORDS = COLUMN_TILES * (D / 16) * 2 * LK_WARP;
@@ -33,22 +38,27 @@ typedef struct {
     float *lse;
     const uint8_t *valid;
     const float *sinks;
-    int32_t r, n_stages;
+    int32_t r, n_blocks, n_stages;
     float scale, softcap;
-    /* The workspace. Counters are 0 between launches:
-     *   counters [2]              chunks taken beyond one per block; blocks that took their last
-     *   share_tiles [2 * blocks]  tiles that are done of the units that begin before, and in, a share
-     *   unit_tiles [B * Hkv]      tiles that are done of a unit
-     * States of parts, part_floats each: share_states [2 * blocks], chunk_states [2 * chunks]. */
-    int32_t *counters, *share_tiles, *unit_tiles;
-    float *share_states, *chunk_states;
+    /* The workspace:
+     *   counters [2]            chunks taken beyond one per block; blocks that took their last; 0 between launches
+     *   unit_chunks [B * Hkv]   chunks that have a unit's first and last tile
+     *   states [2 * chunks]     part_floats each: parts that are not whole units */
+    int32_t *counters;
+    int2 *unit_chunks;
+    float *states;
 } decode_params;
+
+/* Tokens j < end of a row are visible, those from full_lo on as window. */
+typedef struct {
+    int32_t end, full_lo;
+} row_view;
 
 /* The part of a unit that is in one chunk, as the fetching warp hands it to the others. */
 typedef struct {
     int32_t row, head; /* row < 0: there is no more */
     int32_t chunk, tile_begin, tile_end;
-    uint32_t base; /* cost of all units before this one */
+    int32_t ends; /* has the unit's last tile */
     int32_t end, full_lo;
 } decode_part;
 
@@ -63,13 +73,12 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
     uint64_t *part_full, *q_full, *part_empty;
     /* The warps' states of a part are there; they were read. */
     uint64_t *states_full, *states_empty;
-    decode_part *part;              /* [2] */
-    float *states;                  /* [COMPUTE_WARPS][R][STATE_FLOATS]: o, m, l */
-    int32_t *flag;                  /* what one thread finds out for the helpers */
-    uint32_t *row_base;             /* [B + 1] cost of all rows before */
-    int32_t *row_end, *row_full_lo; /* [B] */
-    int32_t *n_kept;                /* [Hkv] */
-    uint8_t *order;                 /* [Hkv, D] */
+    decode_part *part;  /* [2] */
+    float *states;      /* [COMPUTE_WARPS][R][STATE_FLOATS]: o, m, l */
+    row_view *row;      /* [B] */
+    uint32_t *row_base; /* [B + 1] cost of all rows before */
+    int32_t *n_kept;    /* [Hkv] */
+    uint8_t *order;     /* [Hkv, D] */
 
     using shape = decode_shape<D, COLUMN_TILES>;
     static constexpr int N_BARRIERS = 2 * LK_MAX_STAGES + 8;
@@ -87,12 +96,10 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
         states_empty = states_full + 1;
         part = reinterpret_cast<decode_part *>(full + N_BARRIERS);
         states = reinterpret_cast<float *>(part + 2);
-        flag =
-            reinterpret_cast<int32_t *>(states + shape::COMPUTE_WARPS * p.r * shape::STATE_FLOATS);
-        row_base = reinterpret_cast<uint32_t *>(flag + 1);
-        row_end = reinterpret_cast<int32_t *>(row_base + p.layer.n_rows + 1);
-        row_full_lo = row_end + p.layer.n_rows;
-        n_kept = row_full_lo + p.layer.n_rows;
+        row_base =
+            reinterpret_cast<uint32_t *>(states + shape::COMPUTE_WARPS * p.r * shape::STATE_FLOATS);
+        row = reinterpret_cast<row_view *>(row_base + p.layer.n_rows + 1);
+        n_kept = reinterpret_cast<int32_t *>(row + p.layer.n_rows);
         order = reinterpret_cast<uint8_t *>(n_kept + p.layer.n_heads);
     }
 
@@ -102,12 +109,16 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
         return sizeof(T) * 2 * (r + 2) * D + sizeof(uint32_t) * 2 * shape::Q_WORDS +
                sizeof(uint64_t) * N_BARRIERS + sizeof(decode_part) * 2 +
                sizeof(float) * shape::COMPUTE_WARPS * r * shape::STATE_FLOATS +
-               sizeof(int32_t) * (2 + 3 * (size_t)p.layer.n_rows + n_heads) + n_heads * D;
+               sizeof(int32_t) * (1 + 3 * (size_t)p.layer.n_rows + n_heads) + n_heads * D;
+    }
+
+    __device__ __forceinline__ void clear_plan(const decode_params &p) {
+        for (int32_t b = threadIdx.x; b <= p.layer.n_rows; b += blockDim.x) row_base[b] = 0;
     }
 
     /* By all threads, before anything else. */
     __device__ __forceinline__ void init(const decode_params &p) {
-        for (int32_t b = threadIdx.x; b <= p.layer.n_rows; b += blockDim.x) row_base[b] = 0;
+        clear_plan(p);
         if (threadIdx.x != 0) return;
         for (int i = 0; i < p.n_stages; i++) {
             barrier_init(&full[i], LK_BULK_COPY ? 1 : LK_WARP);

@@ -17,18 +17,16 @@ __device__ __forceinline__ int32_t q_place(int32_t t, int32_t half, int32_t n_ke
     return half == 0 ? 16 * n_full : head_dim - 8;
 }
 
-/* The new token, in the warp that has its group: into the stage, and into its page and twin. k and v [D] are in shared
- * memory. */
+/* The new token into its page and twin, by n_threads threads. k and v [D] are in shared memory. */
 template <typename T, int D, typename Smem>
 __device__ __forceinline__ void store_new(const decode_params &p, const Smem &s,
-                                          const decode_part &part, int32_t n_kept, const T *k,
-                                          const T *v, unsigned char *stage, int lane) {
+                                          const decode_part &part, const T *k, const T *v,
+                                          int32_t thread, int32_t n_threads) {
     const lk_cuda_layer &layer = p.layer;
     const uint8_t *order = s.order + part.head * D;
-    const int32_t n_dropped = D - n_kept, position = part.end - 1;
+    const int32_t n_kept = s.n_kept[part.head], n_dropped = D - n_kept, position = part.end - 1;
     const int32_t slot = position % LK_PAGE_TOKENS;
     const int64_t entry = (int64_t)part.row * layer.table_stride + position / LK_PAGE_TOKENS;
-    const tile_layout<D> layout(n_kept);
     unsigned char *page = NULL, *twin = NULL; /* of this row */
     if (n_kept > 0) page = reinterpret_cast<unsigned char *>(layer.page[entry]);
     if (n_dropped > 0) twin = reinterpret_cast<unsigned char *>(layer.twin[entry]);
@@ -36,16 +34,29 @@ __device__ __forceinline__ void store_new(const decode_params &p, const Smem &s,
     unsigned char *dropped = twin + head_dropped_off(layer, part.head);
     unsigned char *v_block = (n_kept > 0 ? page : twin) + head_v_off(layer, part.head);
 #pragma unroll 1
-    for (int32_t c = lane; c < D; c += LK_WARP) {
-        const T x = k[order[c]], y = v[c];
-        const bool is_kept = c < n_kept;
-        const int32_t at =
-            is_kept ? lk_k_at(c, slot, n_kept) : lk_k_at(c - n_kept, slot, n_dropped);
-        *reinterpret_cast<T *>((is_kept ? kept : dropped) + at) = x;
-        *reinterpret_cast<T *>(stage + (is_kept ? 0 : layout.dropped) + at) = x;
-        const int32_t v_at = lk_v_at(slot, c, D);
-        *reinterpret_cast<T *>(v_block + v_at) = y;
-        *reinterpret_cast<T *>(stage + layout.v + v_at) = y;
+    for (int32_t c = thread; c < D; c += n_threads) {
+        unsigned char *at = c < n_kept ? kept + lk_k_at(c, slot, n_kept)
+                                       : dropped + lk_k_at(c - n_kept, slot, n_dropped);
+        *reinterpret_cast<T *>(at) = k[order[c]];
+        *reinterpret_cast<T *>(v_block + lk_v_at(slot, c, D)) = v[c];
+    }
+}
+
+/* The same into the stage that has its tile, by the warp that has its group: the copy of the page may have come before. */
+template <typename T, int D, typename Smem>
+__device__ __forceinline__ void patch_new(const Smem &s, const decode_part &part, int32_t n_kept,
+                                          const T *k, const T *v, unsigned char *stage, int lane) {
+    const uint8_t *order = s.order + part.head * D;
+    const int32_t slot = (part.end - 1) % LK_PAGE_TOKENS;
+    const tile_layout<D> layout(n_kept);
+#pragma unroll
+    for (int32_t i = 0; i < (D + LK_WARP - 1) / LK_WARP; i++) {
+        const int32_t c = i * LK_WARP + lane;
+        if (c >= D) break;
+        const int32_t at = c < n_kept ? lk_k_at(c, slot, n_kept)
+                                      : layout.dropped + lk_k_at(c - n_kept, slot, D - n_kept);
+        *reinterpret_cast<T *>(stage + at) = k[order[c]];
+        *reinterpret_cast<T *>(stage + layout.v + lk_v_at(slot, c, D)) = v[c];
     }
     fence_bulk(); /* the stage will be filled by bulk copies again */
     __syncwarp();
@@ -143,15 +154,16 @@ __device__ __forceinline__ void add_slots(const warp_state<T, D, COLUMN_TILES> &
             mma_16<T>(logits[n], a[t], w.q[n][first + t][0], w.q[n][first + t][1]);
 }
 
-/* The same over slots 0..n_slots - 1. A case for each count, so that all loads come first and registers have names. */
+/* The same over the first or the last n_slots slots. A case for each count, so that all loads come first and registers have
+ * names. */
 template <typename T, int D, int COLUMN_TILES>
-__device__ __forceinline__ void add_first_slots(const warp_state<T, D, COLUMN_TILES> &w,
-                                                int32_t n_slots, const unsigned char *tiles,
-                                                int lane, float logits[COLUMN_TILES][4]) {
+__device__ __forceinline__ void
+add_n_slots(const warp_state<T, D, COLUMN_TILES> &w, const bool last, int32_t n_slots,
+            const unsigned char *tiles, int lane, float logits[COLUMN_TILES][4]) {
     switch (n_slots) {
 #define LK_CASE(n)                                                                                 \
     case n:                                                                                        \
-        if constexpr (n <= D / 16) add_slots<n>(w, 0, tiles, lane, logits);                        \
+        if constexpr (n <= D / 16) add_slots<n>(w, last ? D / 16 - n : 0, tiles, lane, logits);    \
         break;
         LK_CASE(1)
         LK_CASE(2)
@@ -183,7 +195,7 @@ template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void add_kept(const warp_state<T, D, COLUMN_TILES> &w, int32_t n_kept,
                                          const unsigned char *tiles, int lane,
                                          float logits[COLUMN_TILES][4]) {
-    add_first_slots(w, n_kept / 16, tiles, lane, logits);
+    add_n_slots(w, false, n_kept / 16, tiles, lane, logits);
     if (n_kept % 16 != 0) add_half_slot(w, n_kept / 16, 0, tiles + n_kept / 16 * 512, lane, logits);
 }
 
@@ -192,12 +204,9 @@ template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void add_dropped(const warp_state<T, D, COLUMN_TILES> &w, int32_t n_kept,
                                             const unsigned char *tiles, int lane,
                                             float logits[COLUMN_TILES][4]) {
-    const int32_t slot = (n_kept + 15) / 16; /* of the first full tile */
-#pragma unroll
-    for (int t = 0; t < D / 16; t++)
-        if (t >= slot) add_slots<1>(w, t, tiles + 512 * (t - slot), lane, logits);
-    if (n_kept % 16 != 0)
-        add_half_slot(w, n_kept / 16, 1, tiles + 512 * (D / 16 - slot), lane, logits);
+    const int32_t n_full = (D - n_kept) / 16;
+    add_n_slots(w, true, n_full, tiles, lane, logits);
+    if (n_kept % 16 != 0) add_half_slot(w, n_kept / 16, 1, tiles + 512 * n_full, lane, logits);
 }
 
 /* From q . k to logits in base 2. */
@@ -268,7 +277,7 @@ __device__ __forceinline__ void
 take_middle(const decode_params &p, warp_state<T, D, COLUMN_TILES> &w, const unsigned char *kept_k,
             const unsigned char *v, int32_t n_kept, int lane) {
     /* Tiles of V that are loaded ahead, where registers allow. */
-    constexpr int N_EARLY = COLUMN_TILES == 1 ? D / 16 : 0;
+    constexpr int N_EARLY = COLUMN_TILES == 1 ? D / 32 : 0;
     uint4 v_early[N_EARLY > 0 ? N_EARLY : 1];
     float x[COLUMN_TILES][4] = {};
     add_kept(w, n_kept, kept_k, lane, x);

@@ -99,7 +99,7 @@ typedef struct {
 
 /* A quantum is not less than the largest tile, so that every chunk between the first and the last of a unit has a tile
  * of it. */
-LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_blocks, int32_t head_dim) {
+LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_units, int32_t n_blocks, int32_t head_dim) {
     lk_cut cut;
     cut.total = total;
     cut.n_blocks = n_blocks;
@@ -108,7 +108,9 @@ LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_blocks, int32_t head_dim) {
     while (cut.n_halvings < LK_PLAN_HALVINGS && share >> (cut.n_halvings + 1) >= LK_PLAN_LEAST_COST)
         cut.n_halvings++;
     cut.n_chunks = cut.n_halvings > 0 ? 2 * cut.n_halvings : 1;
-    const uint32_t n_quanta = (uint32_t)n_blocks << cut.n_halvings;
+    uint32_t n_quanta = (uint32_t)n_blocks << cut.n_halvings;
+    /* With one chunk per block, units that cost the same get as many whole chunks each. */
+    if (cut.n_halvings == 0 && n_units < n_blocks) n_quanta -= (uint32_t)(n_blocks % n_units);
     const uint32_t quantum = (total - 1) / n_quanta + 1, largest = (uint32_t)(2 * head_dim) / 8;
     cut.quantum = quantum > largest ? quantum : largest;
     return cut;

@@ -1,0 +1,105 @@
+/* combine.cu: merge the parts of the units that several chunks of a decode launch had. An item is one query head of a unit:
+ * its warps take turns with the parts, a lane has 4 value indices, and the warps' results are merged last. The order is
+ * fixed, so that two runs agree bit for bit. Items of units that one chunk had are finished already.
+ *
+ * There are no more blocks than can be resident beside those of the decode kernel: they are there when it ends, and once
+ * they are, blocks of the kernel after them can come too. */
+#include "combine.cuh"
+#include "decode_merge.cuh"
+
+#define COMBINE_WARPS 8
+#define LOADS 4 /* parts whose loads are in flight together */
+
+typedef struct {
+    float m, l, o[4];
+} state_part;
+
+/* Take n other states into x, `step` from each other. */
+template <int N>
+__device__ __forceinline__ void merge(state_part *x, const state_part *other, int step) {
+    float top = x->m;
+#pragma unroll
+    for (int i = 0; i < N; i++) top = fmaxf(top, other[i * step].m);
+    const float shift = top == -INFINITY ? 0.0f : top; /* no -inf - -inf where nothing was seen */
+    const float factor = exp2_fast(x->m - shift);
+    x->m = top;
+    x->l *= factor;
+#pragma unroll
+    for (int k = 0; k < 4; k++) x->o[k] *= factor;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const state_part &part = other[i * step];
+        const float part_factor = exp2_fast(part.m - shift);
+        x->l += part.l * part_factor;
+#pragma unroll
+        for (int k = 0; k < 4; k++) x->o[k] += part.o[k] * part_factor;
+    }
+}
+
+/* item_warps: warps of an item, a power of two up to COMBINE_WARPS; above 1 a warp has one item at most. */
+template <typename T>
+__global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 5)
+    combine_kernel(const __grid_constant__ decode_params p, int32_t item_warps) {
+    __shared__ state_part states[COMBINE_WARPS][LK_WARP];
+    const int32_t D = p.layer.head_dim, n_items = p.layer.n_rows * p.layer.n_heads * p.r;
+    const int warp = threadIdx.x / LK_WARP, lane = threadIdx.x % LK_WARP;
+    const int32_t d = 4 * lane, rank = warp % item_warps;
+    const float *lane_o = p.states + min(d, D - 4), *lane_m = p.states + p.r * D;
+    let_next_kernel_come();
+    wait_for_earlier_kernels();
+    int32_t item = ((int32_t)blockIdx.x * COMBINE_WARPS + warp) / item_warps;
+#pragma unroll 1
+    do {
+        const int32_t unit = item / p.r, column = item % p.r;
+        int2 chunks = {0, 0};
+        if (item < n_items) chunks = __ldcg(p.unit_chunks + unit);
+        const bool has_parts = chunks.x < chunks.y;
+        state_part x = {-INFINITY, 0.0f, {}};
+#pragma unroll 1
+        for (int32_t c = chunks.x + rank; has_parts && c <= chunks.y; c += item_warps * LOADS) {
+            state_part part[LOADS];
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) {
+                const int32_t chunk = min(c + i * item_warps, chunks.y);
+                const int32_t at = part_place(p, chunk, chunk == chunks.x);
+                const float4 o = __ldcg(reinterpret_cast<const float4 *>(lane_o + at + column * D));
+                part[i] = {__ldcg(lane_m + at + column),
+                           __ldcg(lane_m + at + p.r + column),
+                           {o.x, o.y, o.z, o.w}};
+            }
+#pragma unroll
+            for (int i = 0; i < LOADS; i++)
+                if (c + i * item_warps > chunks.y) part[i].m = -INFINITY;
+            merge<LOADS>(&x, part, 1);
+        }
+        if (item_warps > 1) {
+            states[warp][lane] = x;
+            __syncthreads();
+            if (rank == 0 && item_warps == 8) merge<7>(&x, &states[warp + 1][lane], LK_WARP);
+            if (rank == 0 && item_warps == 4) merge<3>(&x, &states[warp + 1][lane], LK_WARP);
+            if (rank == 0 && item_warps == 2) merge<1>(&x, &states[warp + 1][lane], LK_WARP);
+        }
+        if (has_parts && rank == 0 && d < D)
+            write_out<T>(p, unit / p.layer.n_heads, unit % p.layer.n_heads, true, column, d, x.m,
+                         x.l, x.o);
+        item += (int32_t)gridDim.x * COMBINE_WARPS;
+    } while (item_warps == 1 && item < n_items);
+}
+
+lk_status launch_combine(const decode_params &p, cudaStream_t stream, int32_t *cuda_error) {
+    const auto kernel =
+        p.layer.dtype == LK_BF16 ? combine_kernel<__nv_bfloat16> : combine_kernel<__half>;
+    /* Or a multiprocessor that is set for more L1 has no room for the next kernel's shared memory. */
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return lk_cuda_launched(error, stream, cuda_error);
+    /* Few items have many parts each, and many have few. */
+    const int32_t n_items = p.layer.n_rows * p.layer.n_heads * p.r;
+    const int32_t n_warps = p.n_blocks * COMBINE_WARPS;
+    int32_t item_warps = COMBINE_WARPS;
+    while (item_warps > 1 && n_items > n_warps / item_warps) item_warps /= 2;
+    const int32_t wanted = (n_items * item_warps + COMBINE_WARPS - 1) / COMBINE_WARPS;
+    const int32_t n_blocks = wanted < p.n_blocks ? wanted : p.n_blocks;
+    return launch_early(dim3((unsigned)n_blocks), COMBINE_WARPS * LK_WARP, 0, stream, cuda_error,
+                        kernel, p, item_warps);
+}
