@@ -2,11 +2,11 @@
 
     python -m tests.bench.bench_decode [--mask FILE]
 
-Without a file the mask has random channels, and as many heads of each width as the Llama-3.1-8B
-mask of the reference implementation: bytes and time depend on the widths alone. All layers of the
-mask are measured and averaged; B is 1. Each contender walks over buffers of at least four times
-the last-level cache, so that everything comes from memory. "decode" attends, "append" stores the
-step's K and V; "gain" compares the dense peers with the sum of the two.
+Without a file each head keeps as many channels as in the Llama-3.1-8B mask of the reference
+implementation, but random ones: bytes and time depend on the widths alone. All layers of the mask
+are measured and averaged; B is 1. Each contender walks over buffers of at least four times the
+last-level cache, so that everything comes from memory. "decode" attends, "append" stores the step's
+K and V; "gain" compares the dense peers with the sum of the two.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import leank
 from leank import _C
+from leank.bench_profiles import needed_bytes
 from tests import compare
 from tests.bench import lib
 
@@ -40,7 +41,8 @@ class Pruned:
         self.new = [lib.random_array(rng, (1, n_heads, 1, dim), dtype) for _ in "kv"]
         self.out = np.empty_like(self.q)
         self.keep = keep
-        self.bytes_per_decode = [self._bytes(layer) for layer in keep]
+        at = {"sink": args.sink, "recent": args.recent, "elem_bytes": self.q.itemsize}
+        self.bytes_per_decode = [needed_bytes(layer, 1, length, **at) for layer in keep]
         live = sum(
             _C.predict_memory(layer, np.array([length]), dtype=dtype, **self.window)["total_bytes"]
             for layer in keep
@@ -58,15 +60,6 @@ class Pruned:
     @property
     def window(self) -> dict[str, int]:
         return {"sink": self.args.sink, "recent": self.args.recent, "slack": SLACK}
-
-    def _bytes(self, layer: np.ndarray) -> int:
-        """Bytes that one decode must read: kept K and V of all tokens, the window whole."""
-        elem = 4 if self.dtype == "float32" else 2
-        dim, kept = layer.shape[1], layer.sum(1)
-        window = min(self.length, self.args.sink + self.args.recent)
-        middle = self.length - window
-        per_token = sum(int(n) + dim for n in kept if n)
-        return elem * (window * 2 * dim * len(kept) + middle * per_token)
 
     def check(self) -> float:
         """Raise if a decode is outside the error budget; return the largest error.

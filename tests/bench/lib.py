@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import leank
+from leank.bench_profiles import load_profiles
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,22 +63,10 @@ def machine(n_threads: int, seed: int) -> dict[str, object]:
     }
 
 
-# Heads that keep 0, 32, 64 and 96 of 128 channels, in 32 layers of 8 KV heads.
-LLAMA_WIDTHS = {0: 47, 32: 120, 64: 67, 96: 22}
-
-
-def llama_like_mask(seed: int) -> np.ndarray:
-    """Return a mask [32, 8, 128] with the widths of LLAMA_WIDTHS in random places."""
-    rng = np.random.default_rng(seed)
-    widths = np.repeat(list(LLAMA_WIDTHS), list(LLAMA_WIDTHS.values()))
-    ranks = rng.permuted(np.tile(np.arange(128), (len(widths), 1)), axis=1)
-    return (ranks < rng.permutation(widths)[:, None]).reshape(32, 8, 128)
-
-
 def load_keep(path: Path | None, seed: int) -> np.ndarray:
-    """Return the mask [N, Hkv, D] of a .pth or .safetensors file, or one like the Llama mask."""
+    """Return the mask [N, Hkv, D] of a .pth or .safetensors file, or one of Llama-3.1-8B widths."""
     if path is None:
-        return llama_like_mask(seed)
+        return load_profiles()["llama-3.1-8b"].keep(seed)
     if path.suffix == ".pth":
         return leank.ChannelMask.from_pth(path).keep
     return leank.ChannelMask.load(path).keep
