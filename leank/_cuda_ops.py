@@ -5,14 +5,18 @@ the bitmap of real columns, the workspace. Arguments were checked by leank.cuda.
 """
 
 import functools
+from importlib.util import find_spec
 
 import torch
 
 try:
     from leank import _cuda
 except ImportError as error:
-    raise ImportError(
-        f"leank was built without CUDA: install it where nvcc is found, with LEANK_CUDA=1 ({error})"
+    if find_spec("leank._cuda") is not None:
+        raise  # it is there, and cannot be loaded
+    raise ModuleNotFoundError(
+        "leank was built without CUDA: install it where nvcc is found, with LEANK_CUDA=1",
+        name="leank._cuda",
     ) from error
 
 _LIBRARY = torch.library.Library("leank", "DEF")
