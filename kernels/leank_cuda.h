@@ -61,11 +61,13 @@ lk_status lk_cuda_geom(const uint8_t *keep, int32_t n_heads, int32_t head_dim, i
  *   valid [B] non-zero = this column is a token of the row; NULL = all. o of a padding row is 0.
  *   sinks [Hq] f32: logits of one more key per head without a value (GPT-OSS), or NULL
  *   softcap > 0: logits become softcap * tanh(logit / softcap)
- *   q rows are 16-byte aligned; work: lk_cuda_attend_work_bytes, zeroed once; kernels leave its counters at 0
+ *   rows of q, k and v are 16-byte aligned, o is 8-byte aligned
+ *   work: lk_cuda_attend_work_bytes, zeroed once; kernels leave its counter at 0
  * Bytes read: (D + Dk[g]) * 2 per token of a live head, 2 * 2 * D per window token otherwise.
- * The work is cut into chunks (plan.h) that blocks take as they get to them. States of a (row, head) that several
- * chunks cover are merged by the block that finishes last, in the order of the chunks, so that two runs agree bit for bit.
- * LK_E_SHAPE: sizes that no kernel is built for, or that need more shared memory than smem_bytes; LK_E_DEVICE: CUDA refused the launch, *cuda_error says why. */
+ * The work is cut into chunks (plan.h) that blocks take as they get to them. A second launch merges the states of a
+ * (row, head) that several chunks cover, in a fixed order, so that two runs agree bit for bit.
+ * LK_E_SHAPE: sizes that no kernel is built for, or that need more shared memory than smem_bytes;
+ * LK_E_DEVICE: CUDA refused a launch, *cuda_error says why. */
 typedef struct {
     const lk_cuda_layer *layer;
     const void *q, *k, *v;
@@ -121,6 +123,16 @@ lk_status lk_cuda_crop(const lk_cuda_layer *layer, int32_t n_columns, void *stre
 /* Back to dense: k and v [Hkv, n_tokens, D] contiguous of one row, NaN where nothing is stored any more. */
 lk_status lk_cuda_gather(const lk_cuda_layer *layer, int32_t row, int32_t n_tokens, void *k,
                          void *v, void *stream, int32_t *cuda_error);
+
+/* ------------------------------------------------------------------------------------------ copy (copy.cu) */
+
+/* Row pairs[i][0] of `to` gets what row pairs[i][1] of `from` stores; the caller copies state and real.
+ *   pairs [n_pairs, 2] int32 on the device; no row of `to` may be among the rows of `from` that are read
+ *   both layers have the same mask and dtype, and `to` as much room; page_bytes, twin_bytes as lk_cuda_geom gives them
+ * LK_E_SHAPE: more than 65535 pairs, or not enough room. */
+lk_status lk_cuda_copy_pages(const lk_cuda_layer *to, const lk_cuda_layer *from,
+                             const int32_t *pairs, int32_t n_pairs, int64_t page_bytes,
+                             int64_t twin_bytes, void *stream, int32_t *cuda_error);
 
 /* ------------------------------------------------------------------------------------ devices (device.cu) */
 

@@ -195,6 +195,22 @@ static PyObject *py_gather(PyObject *module, PyObject *args) {
 
 /* -------------------------------------------------------------------------------------------- host functions */
 
+static PyObject *py_copy_pages(PyObject *module, PyObject *args) {
+    PyObject *to, *from;
+    int n_pairs;
+    long long page_bytes, twin_bytes;
+    void *pairs, *stream;
+    if (!PyArg_ParseTuple(args, "O!O!O&iLLO&:copy_pages", layer_type(module), &to,
+                          layer_type(module), &from, to_address, &pairs, &n_pairs, &page_bytes,
+                          &twin_bytes, to_address, &stream))
+        return NULL;
+    int32_t cuda_error = 0;
+    const lk_status status =
+        lk_cuda_copy_pages(&((py_layer *)to)->layer, &((py_layer *)from)->layer, pairs, n_pairs,
+                           page_bytes, twin_bytes, stream, &cuda_error);
+    return done_or_raise(status, "copy_pages", cuda_error);
+}
+
 static PyObject *py_geometry(PyObject *module, PyObject *args) {
     (void)module;
     Py_buffer keep;
@@ -314,6 +330,7 @@ static PyMethodDef methods[] = {
     {"append", (PyCFunction)(void (*)(void))py_append, METH_VARARGS | METH_KEYWORDS, "Append columns: see lk_cuda_append."},
     {"crop", py_crop, METH_VARARGS, "crop(layer, n_columns, stream)"},
     {"gather", py_gather, METH_VARARGS, "gather(layer, row, n_tokens, k, v, stream)"},
+    {"copy_pages", py_copy_pages, METH_VARARGS, "copy_pages(to, from, pairs, n_pairs, page_bytes, twin_bytes, stream)"},
     {"geometry", py_geometry, METH_VARARGS, "geometry(keep, n_heads, head_dim) -> (geom, page_bytes, twin_bytes)"},
     {"attend_work_bytes", py_attend_work_bytes, METH_VARARGS, "attend_work_bytes(head_dim, r, n_blocks)"},
     {"plan_parts", py_plan_parts, METH_VARARGS, "plan_parts(end, full_lo, n_kept, head_dim, sink, n_blocks)"},

@@ -22,7 +22,7 @@ except ImportError as error:
 _LIBRARY = torch.library.Library("leank", "DEF")
 _LIBRARY.define(
     "attend(Tensor q, Tensor? k, Tensor? v, Tensor? valid, Tensor? sinks, Tensor(a!) slab, "
-    "Tensor(b!) state, Tensor(c!) real, Tensor(d!) work, Tensor table, Tensor geom, int[] limits, "
+    "Tensor(b!) state, Tensor(c!) real, Tensor table, Tensor geom, Tensor(d!) work, int[] limits, "
     "float scale, float softcap, bool return_lse) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
@@ -32,6 +32,15 @@ _LIBRARY.define(
 _LIBRARY.define(
     "crop(Tensor(a!) slab, Tensor(b!) state, Tensor(c!) real, Tensor table, Tensor geom, "
     "int n_columns, int[] limits) -> ()"
+)
+_LIBRARY.define(
+    "gather(Tensor slab, Tensor state, Tensor real, Tensor table, Tensor geom, int row, "
+    "int n_tokens, int head_dim, ScalarType dtype, int[] limits) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "copy_pages(Tensor(a!) slab, Tensor state, Tensor table, Tensor? from_slab, "
+    "Tensor from_state, Tensor from_table, Tensor geom, Tensor pairs, int[] n_bytes, "
+    "int[] limits) -> ()"
 )
 ops = torch.ops.leank
 
@@ -95,6 +104,10 @@ def _stride(x: torch.Tensor | None, n_axes: int) -> tuple[int, ...]:
     return (0,) * n_axes if x is None else x.stride()[:n_axes]
 
 
+def _head_count(geom: torch.Tensor, head_dim: int) -> int:
+    return geom.numel() // (16 + head_dim)  # 4 numbers and D places of each head
+
+
 def _check_aligned(**tensors: torch.Tensor | None) -> None:
     """Rows are copied 16 bytes at a time."""
     for name, x in tensors.items():
@@ -109,7 +122,7 @@ def _check_aligned(**tensors: torch.Tensor | None) -> None:
 
 
 def _attend(
-    q, k, v, valid, sinks, slab, state, real, work, table, geom, limits, scale, softcap, return_lse
+    q, k, v, valid, sinks, slab, state, real, table, geom, work, limits, scale, softcap, return_lse
 ):
     _check_aligned(q=q, k=k, v=v)
     n_rows, n_q_heads, _, head_dim = q.shape
@@ -117,7 +130,7 @@ def _attend(
     lse = torch.empty(
         (n_rows, n_q_heads, 1) if return_lse else (0,), dtype=torch.float32, device=q.device
     )
-    n_heads = geom.numel() // (16 + head_dim)  # 4 numbers and D places of each head
+    n_heads = _head_count(geom, head_dim)
     layer = make_layer((state, real, table, geom), limits, n_heads, head_dim, q.dtype)
     info = _device_info(q.device.index)
     with torch.cuda.device(q.device):
@@ -170,13 +183,43 @@ def _crop(slab, state, real, table, geom, n_columns, limits):
         _cuda.crop(layer, n_columns, torch.cuda.current_stream().cuda_stream)
 
 
-for _name, _function in (("attend", _attend), ("append", _append), ("crop", _crop)):
+def _gather(slab, state, real, table, geom, row, n_tokens, head_dim, dtype, limits):
+    n_heads = _head_count(geom, head_dim)
+    shape = n_heads, n_tokens, head_dim
+    k, v = (torch.empty(shape, dtype=dtype, device=slab.device) for _ in "kv")
+    layer = make_layer((state, real, table, geom), limits, n_heads, head_dim, dtype)
+    with torch.cuda.device(slab.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _cuda.gather(layer, row, n_tokens, k.data_ptr(), v.data_ptr(), stream)
+    return k, v
+
+
+def _copy_pages(
+    slab, state, table, from_slab, from_state, from_table, geom, pairs, n_bytes, limits
+):
+    # Pages are copied whole, whatever the heads and the dtype; `real` is not read.
+    to, source = (
+        make_layer((x, x.view(1, -1), t, geom), limits, 1, 64, torch.bfloat16)
+        for x, t in ((state, table), (from_state, from_table))
+    )
+    with torch.cuda.device(slab.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _cuda.copy_pages(to, source, pairs.data_ptr(), len(pairs), *n_bytes, stream)
+
+
+for _name, _function in (
+    ("attend", _attend),
+    ("append", _append),
+    ("crop", _crop),
+    ("gather", _gather),
+    ("copy_pages", _copy_pages),
+):
     _LIBRARY.impl(_name, _function, "CUDA")
 
 
 @torch.library.register_fake("leank::attend", lib=_LIBRARY)
 def _attend_fake(
-    q, k, v, valid, sinks, slab, state, real, work, table, geom, limits, scale, softcap, return_lse
+    q, k, v, valid, sinks, slab, state, real, table, geom, work, limits, scale, softcap, return_lse
 ):
     lse_shape = (q.shape[0], q.shape[1], 1) if return_lse else (0,)
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
@@ -186,6 +229,19 @@ def _attend_fake(
 
 @torch.library.register_fake("leank::append", lib=_LIBRARY)
 def _append_fake(k, v, valid, slab, state, real, table, geom, columns_before, limits):
+    return None
+
+
+@torch.library.register_fake("leank::gather", lib=_LIBRARY)
+def _gather_fake(slab, state, real, table, geom, row, n_tokens, head_dim, dtype, limits):
+    shape = _head_count(geom, head_dim), n_tokens, head_dim
+    return slab.new_empty(shape, dtype=dtype), slab.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("leank::copy_pages", lib=_LIBRARY)
+def _copy_pages_fake(
+    slab, state, table, from_slab, from_state, from_table, geom, pairs, n_bytes, limits
+):
     return None
 
 

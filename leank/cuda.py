@@ -6,12 +6,13 @@ and captured in a CUDA graph. Kernels are in the extension ``leank._cuda``.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from leank import _C
-from leank._cuda_ops import _cuda, make_layer, workspace
+from leank._cuda_ops import _cuda, workspace
 from leank._cuda_ops import ops as _ops
 
 __all__ = ["LayerCache", "decode"]
@@ -69,11 +70,8 @@ class LayerCache:
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
-        if not 1 <= n_rows <= 65535 or n_rows * len(keep) > _cuda.MAX_UNITS:
-            raise ValueError(
-                f"n_rows: expected 1 to 65535, and at most {_cuda.MAX_UNITS} rows * KV heads, "
-                f"got {n_rows} * {len(keep)}"
-            )
+        self.n_heads = len(keep)
+        self._check_row_count(n_rows, "n_rows")
         if not 1 <= max_tokens <= _MOST_TOKENS:
             raise ValueError(f"max_tokens: expected 1 to {_MOST_TOKENS}, got {max_tokens}")
         keep = np.ascontiguousarray(keep)
@@ -95,7 +93,7 @@ class LayerCache:
         if self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.keep, self.dtype, self.n_rows = keep, dtype, n_rows
-        self.n_heads, self.head_dim = keep.shape
+        self.head_dim = keep.shape[1]
         self.sink, self.recent, self.slack, self.max_tokens = sink, recent, slack, max_tokens
         self._limits = [min(x, _MOST_TOKENS) for x in (sink, recent, slack, max_tokens)]
         self._reserve()
@@ -109,6 +107,7 @@ class LayerCache:
         geom, page_bytes, twin_bytes = _cuda.geometry(
             self.keep.tobytes(), self.n_heads, self.head_dim
         )
+        self._item_bytes = [page_bytes, twin_bytes]
         page_tokens = _C.PAGE_TOKENS
         n_pages = memory["n_pages"] // n_rows
         n_twins = memory["n_twins"] // n_rows
@@ -133,6 +132,7 @@ class LayerCache:
             _cuda.STATE_HEADER + 3 * n_rows, dtype=torch.int32, device=self.device
         )
         self._real = torch.zeros(n_rows, self.max_tokens, dtype=torch.uint8, device=self.device)
+        self._buffers = self.slab, self._state, self._real, self._table, self._geom
         self._work = workspace(self.device.index)
 
     # ------------------------------------------------------------------------------- what is stored
@@ -220,11 +220,7 @@ class LayerCache:
             k,
             v,
             valid,
-            self.slab,
-            self._state,
-            self._real,
-            self._table,
-            self._geom,
+            *self._buffers,
             before,
             self._limits,
         )
@@ -235,39 +231,125 @@ class LayerCache:
         now = self._count(0)
         if not 0 <= n_columns <= now:
             raise ValueError(f"n_columns: expected 0 to {now}, got {n_columns}")
-        _ops.crop(
-            self.slab,
-            self._state,
-            self._real,
-            self._table,
-            self._geom,
-            n_columns,
-            self._limits,
-        )
+        _ops.crop(*self._buffers, n_columns, self._limits)
         self._columns = n_columns
 
     def gather(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return k and v [Hkv, L, D] of one row; NaN where nothing is stored any more."""
         if not 0 <= row < self.n_rows:
             raise IndexError(f"row: expected 0 to {self.n_rows - 1}, got {row}")
-        shape = (self.n_heads, int(self.lengths[row]), self.head_dim)
-        k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in "kv")
-        with torch.cuda.device(self.device):
-            tensors = self._state, self._real, self._table, self._geom
-            layer = make_layer(tensors, self._limits, self.n_heads, self.head_dim, self.dtype)
-            stream = torch.cuda.current_stream().cuda_stream
-            _cuda.gather(layer, row, shape[1], k.data_ptr(), v.data_ptr(), stream)
-        return k, v
+        n_tokens = int(self.lengths[row])
+        return _ops.gather(*self._buffers, row, n_tokens, self.head_dim, self.dtype, self._limits)
+
+    def select(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> None:
+        """Make row i the former row rows[i]: reorder, drop and repeat rows.
+
+        With as many rows as before, tables are changed in place, so that captured steps stay valid;
+        only repeated rows are copied. With another number of rows, pages are allocated anew and all
+        rows are copied, and steps that were compiled or captured must be made again.
+
+        Parameters
+        ----------
+        rows : int [n]
+            Former rows, 1 to 65535 of them. A tensor on the device is waited for.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            `rows` are not integers in one dimension, are none or too many, or there is no such row.
+        torch.OutOfMemoryError
+            Pages for another number of rows do not fit; the cache is as it was.
+        """
+        if isinstance(rows, torch.Tensor):
+            rows = rows.cpu().numpy()
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu":
+            raise TypeError(f"rows: expected integers [n], got {rows.dtype} {list(rows.shape)}")
+        self._check_row_count(len(rows), "rows")
+        if rows.min() < 0 or rows.max() >= self.n_rows:
+            bad = rows[(rows < 0) | (rows >= self.n_rows)][0]
+            raise IndexError(f"rows: expected 0 to {self.n_rows - 1}, got {bad}")
+        if len(rows) != self.n_rows:
+            other = self._like(len(rows))
+            other._copy_from(self, rows)
+            self.__dict__.update(other.__dict__)
+            return
+        # The first to ask for a former row gets its pages, others those that nobody asked for.
+        former, first, place = np.unique(rows, return_index=True, return_inverse=True)
+        unused = np.setdiff1d(np.arange(self.n_rows), former)
+        repeats = np.setdiff1d(np.arange(self.n_rows), first)
+        pages_of = rows.copy()
+        pages_of[repeats] = unused
+        self._table.copy_(self._table[:, self._on_device(pages_of)])
+        self._move_rows(self, rows)
+        self._copy_pages(self, np.stack([repeats, first[place][repeats]], 1))
+
+    def copy(self) -> "LayerCache":
+        """Return a cache with the same rows and pages of its own."""
+        other = self._like(self.n_rows)
+        other._copy_from(self, np.arange(self.n_rows))
+        return other
 
     def __deepcopy__(self, memo: dict) -> "LayerCache":
-        """Raise TypeError."""
-        raise TypeError("leank.cuda.LayerCache cannot be copied yet: its tables hold addresses")
+        """Return `copy()`."""
+        return self.copy()
+
+    def _like(self, n_rows: int) -> "LayerCache":
+        """Return an empty cache that differs in the number of rows only."""
+        return LayerCache(
+            self.keep,
+            n_rows=n_rows,
+            sink=self.sink,
+            recent=self.recent,
+            slack=self.slack,
+            dtype=self.dtype,
+            max_tokens=self.max_tokens,
+            device=self.device,
+        )
+
+    def _on_device(self, x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x.astype(np.int64)).to(self.device)
+
+    def _copy_from(self, other: "LayerCache", rows: np.ndarray) -> None:
+        self._move_rows(other, rows)
+        self._copy_pages(other, np.stack([np.arange(len(rows)), rows], 1))
+
+    def _move_rows(self, other: "LayerCache", rows: np.ndarray) -> None:
+        """Take lengths and real columns of rows of another cache, or of this one."""
+        index = self._on_device(rows)
+        header = _cuda.STATE_HEADER
+        self._real.copy_(other._real[index])
+        self._state[header:].view(3, -1).copy_(other._state[header:].view(3, -1)[:, index])
+        self._state[:header].copy_(other._state[:header])
+        self._columns = other.n_columns if other._may_be_replayed else other._columns
+
+    def _copy_pages(self, other: "LayerCache", pairs: np.ndarray) -> None:
+        """Copy pages of rows: pairs [n, 2] of a row of this cache and one of the other."""
+        _ops.copy_pages(
+            self.slab,
+            self._state,
+            self._table,
+            None if other is self else other.slab,
+            other._state,
+            other._table,
+            self._geom,
+            self._on_device(pairs).int(),
+            self._item_bytes,
+            self._limits,
+        )
 
     def __reduce__(self) -> str:
         """Raise TypeError."""
         raise TypeError("leank.cuda.LayerCache cannot be pickled yet: its tables hold addresses")
 
     # --------------------------------------------------------------------------------------- checks
+
+    def _check_row_count(self, n_rows: int, name: str) -> None:
+        if not 1 <= n_rows <= 65535 or n_rows * self.n_heads > _cuda.MAX_UNITS:
+            raise ValueError(
+                f"{name}: expected 1 to 65535 rows, and at most {_cuda.MAX_UNITS} rows * KV heads, "
+                f"got {n_rows} * {self.n_heads}"
+            )
 
     def _check_tensor(self, x: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
         if x.dtype != self.dtype:
@@ -379,12 +461,8 @@ def decode(
         v,
         valid,
         sinks,
-        cache.slab,
-        cache._state,
-        cache._real,
+        *cache._buffers,
         cache._work,
-        cache._table,
-        cache._geom,
         cache._limits,
         scale,
         softcap,

@@ -171,9 +171,58 @@ def test_append_in_a_capture_is_refused():
         cache.append(k, v)
 
 
-def test_copies_are_refused():
-    with pytest.raises(TypeError, match="cannot be copied yet"):
-        copy.deepcopy(filled())
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda cache: cache.copy()])
+def test_a_copy_has_pages_of_its_own(make_copy):
+    from leank.cuda import decode
+
+    cache, alone = filled(), filled()
+    other = make_copy(cache)
+    assert_equal_contents(contents(other), contents(cache))
+    for seed in (1, 2):
+        decode(other, *column(other, seed=seed))
+    assert_equal_contents(contents(cache), contents(alone))
+    new = column(cache, seed=3)
+    assert torch.equal(decode(cache, *new), decode(alone, *new))
+
+
+def test_a_captured_step_goes_on_after_select():
+    """Beams are reordered between replays."""
+    from leank.cuda import decode
+
+    eager, cache = filled(n_rows=3), filled(n_rows=3)
+    inputs = column(cache)
+    decode(cache, *inputs)
+    cache.crop(300)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(cache, *inputs)
+    for rows in ([1, 1, 0], torch.tensor([2, 0, 0], device="cuda"), [0, 1, 2], [2, 2, 2]):
+        graph.replay()
+        assert torch.equal(out, decode(eager, *inputs))
+        for one in (cache, eager):
+            one.select(rows)
+        for x in inputs:
+            x.mul_(0.5)
+    assert_equal_contents(contents(cache), contents(eager))
+
+
+@pytest.mark.parametrize(
+    "rows, error, message",
+    [
+        ([0, 2], IndexError, "rows: expected 0 to 1, got 2"),
+        ([-1], IndexError, "rows: expected 0 to 1, got -1"),
+        ([], TypeError, "rows: expected integers"),
+        ([0.5], TypeError, "rows: expected integers"),
+        ([[0]], TypeError, "rows: expected integers"),
+        ([0] * 65536, ValueError, "rows: expected 1 to 65535 rows"),
+    ],
+)
+def test_bad_rows_are_named_and_change_nothing(rows, error, message):
+    cache = filled()
+    before = contents(cache)
+    with pytest.raises(error, match=message):
+        cache.select(rows)
+    assert_equal_contents(contents(cache), before)
 
 
 # ------------------------------------------------------------------------------------------- limits

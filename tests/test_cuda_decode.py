@@ -81,6 +81,23 @@ CASES = {
             ("decode", (1, 1)),
         ),
     },
+    "select": {
+        "widths": (0, 24, 64),
+        "steps": (
+            ("append", (150, 90, 270)),
+            ("decode", (1, 1, 1)),
+            ("select", (2, 0, 0)),
+            ("decode", (1, 1, 0)),
+            ("select", (0, 2, 1)),
+            ("decode", (1, 1, 1)),
+            ("select", (1, 0, 2, 2, 1)),
+            ("decode", (1, 0, 1, 1, 1)),
+            ("append", (70, 3, 0, 1, 65)),
+            ("select", (4, 4)),
+            ("crop", 150),
+            ("decode", (1, 1)),
+        ),
+    },
     "many_rows": {
         "R": 1,
         "widths": (0, 8),
@@ -117,15 +134,16 @@ def run_steps(case, seed, dtype):
     gpu = make(keep, dtype, max_tokens=n_columns, **options)
     cpu = LayerCache(keep, dtype=dtype, **options)
     for i, (op, *args) in enumerate(case["steps"]):
-        if op == "crop":
+        if op in ("crop", "select"):
             for cache in (history, gpu, cpu):
-                cache.crop(args[0])
+                argument = np.array(args[0]) if cache is cpu and op == "select" else args[0]
+                getattr(cache, op)(argument)
             assert_same_contents(gpu, cpu, dtype)
             continue
         valid = left_padded(args[0])
-        shape = (n_rows, len(keep), valid.shape[1], case["D"])
+        shape = (len(valid), len(keep), valid.shape[1], case["D"])
         k, v = draw(rng, dtype, *shape), draw(rng, dtype, *shape)
-        q = draw(rng, dtype, n_rows, shape[1] * case["R"], shape[2], case["D"])
+        q = draw(rng, dtype, shape[0], shape[1] * case["R"], shape[2], case["D"])
         history.put(k, v, valid)
         if op == "append":
             gpu.append(to_gpu(k), to_gpu(v), to_gpu(valid))
