@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(PLACE_THREADS)
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
-    settle_row(layer, (int32_t)b, len + n_new);
+    settle_row(layer, (int32_t)b, len + n_new, state_lo(layer)[b], state_n0(layer)[b]);
     if (b == 0) layer.state[LK_STATE_COLUMNS] = columns_before + n_columns;
 }
 
@@ -64,25 +64,19 @@ __global__ void __launch_bounds__(128)
         if (t >= n_columns) break;
         const int32_t at = position[b * n_columns + t];
         if (at < 0) continue;
-        const int64_t entry = b * layer.table_stride + at / LK_PAGE_TOKENS;
         const int32_t slot = at % LK_PAGE_TOKENS;
-        unsigned char *page = NULL, *twin = NULL; /* of this head */
-        if (n_kept > 0)
-            page = reinterpret_cast<unsigned char *>(layer.page[entry]) + head_kept_off(layer, g);
-        if (n_dropped > 0 && twin_stays(layer, at / LK_PAGE_TOKENS, lo))
-            twin =
-                reinterpret_cast<unsigned char *>(layer.twin[entry]) + head_dropped_off(layer, g);
+        const head_blocks blocks =
+            find_blocks(layer, b, g, at, twin_stays(layer, at / LK_PAGE_TOKENS, lo));
         const T *k_token = k + b * k_b + g * k_g + t * k_t;
         const T *v_token = v + b * v_b + g * v_g + t * v_t;
-        unsigned char *v_block = n_kept > 0 ? page + 128 * n_kept : twin ? twin + 128 * D : NULL;
         for (int32_t c = lane; c < D; c += LK_WARP) {
             if (c < n_kept) {
-                *reinterpret_cast<T *>(page + lk_k_at(c, slot, n_kept)) = k_token[order[c]];
-            } else if (twin) {
+                *reinterpret_cast<T *>(blocks.kept + lk_k_at(c, slot, n_kept)) = k_token[order[c]];
+            } else if (blocks.dropped) {
                 const int32_t place = lk_k_at(c - n_kept, slot, n_dropped);
-                *reinterpret_cast<T *>(twin + place) = k_token[order[c]];
+                *reinterpret_cast<T *>(blocks.dropped + place) = k_token[order[c]];
             }
-            if (v_block) *reinterpret_cast<T *>(v_block + lk_v_at(slot, c, D)) = v_token[c];
+            if (blocks.v) *reinterpret_cast<T *>(blocks.v + lk_v_at(slot, c, D)) = v_token[c];
         }
     }
 }

@@ -12,26 +12,18 @@ __global__ void gather_kernel(const __grid_constant__ lk_cuda_layer layer, int32
     const uint8_t *order = head_order(layer, g);
     const int32_t lo = state_lo(layer)[b], len = state_len(layer)[b];
     for (int32_t j = blockIdx.x; j < n_tokens; j += gridDim.x) {
-        const int64_t entry = b * layer.table_stride + j / LK_PAGE_TOKENS;
         const int32_t slot = j % LK_PAGE_TOKENS;
-        const bool stored = j < len, whole = stored && (j < layer.sink || j >= lo);
-        const unsigned char *page = NULL, *twin = NULL;
-        if (stored && n_kept > 0)
-            page = reinterpret_cast<const unsigned char *>(layer.page[entry]) +
-                   head_kept_off(layer, g);
-        if (whole && n_kept < D)
-            twin = reinterpret_cast<const unsigned char *>(layer.twin[entry]) +
-                   head_dropped_off(layer, g);
-        const unsigned char *v_block =
-            n_kept > 0 ? (page ? page + 128 * n_kept : NULL) : (twin ? twin + 128 * D : NULL);
+        head_blocks blocks = {};
+        if (j < len) blocks = find_blocks(layer, b, g, j, j < layer.sink || j >= lo);
         const int64_t to = ((int64_t)g * n_tokens + j) * D;
         for (int32_t c = threadIdx.x; c < D; c += blockDim.x) {
-            const unsigned char *block = c < n_kept ? page : twin;
+            const bool kept = c < n_kept;
+            const unsigned char *block = kept ? blocks.kept : blocks.dropped;
             const int32_t at =
-                c < n_kept ? lk_k_at(c, slot, n_kept) : lk_k_at(c - n_kept, slot, D - n_kept);
+                kept ? lk_k_at(c, slot, n_kept) : lk_k_at(c - n_kept, slot, D - n_kept);
             k[to + order[c]] = block ? *reinterpret_cast<const uint16_t *>(block + at) : nan;
             const int32_t v_at = lk_v_at(slot, c, D);
-            v[to + c] = v_block ? *reinterpret_cast<const uint16_t *>(v_block + v_at) : nan;
+            v[to + c] = blocks.v ? *reinterpret_cast<const uint16_t *>(blocks.v + v_at) : nan;
         }
     }
 }

@@ -27,12 +27,13 @@ __device__ __forceinline__ int32_t settled_lo(const lk_cuda_layer &layer, int32_
     return max(max(lo, layer.sink), old / LK_PAGE_TOKENS * LK_PAGE_TOKENS);
 }
 
-/* Row b has len tokens now, and nobody attends to its dropped channels before the next call. */
-__device__ __forceinline__ void settle_row(const lk_cuda_layer &layer, int32_t b, int32_t len) {
+/* Row b has len tokens now, and nobody attends to its dropped channels before the next call. lo, n0: as they were. */
+__device__ __forceinline__ void settle_row(const lk_cuda_layer &layer, int32_t b, int32_t len,
+                                           int32_t lo, int32_t n0) {
     state_len(layer)[b] = len;
     if (len == 0) return;
-    if (state_n0(layer)[b] == LK_STATE_OPEN) state_n0(layer)[b] = len;
-    state_lo(layer)[b] = settled_lo(layer, state_lo(layer)[b], len);
+    if (n0 == LK_STATE_OPEN) state_n0(layer)[b] = len;
+    state_lo(layer)[b] = settled_lo(layer, lo, len);
 }
 
 /* Whether page i of a row keeps its dropped channels, given lo; the twin of append.c's twin_stays. */
@@ -55,6 +56,30 @@ __device__ __forceinline__ int32_t head_v_off(const lk_cuda_layer &layer, int32_
 }
 __device__ __forceinline__ const uint8_t *head_order(const lk_cuda_layer &layer, int32_t g) {
     return reinterpret_cast<const uint8_t *>(layer.geom + 4 * layer.n_heads) + g * layer.head_dim;
+}
+
+/* The blocks of head g that have position j of row b; NULL where there is none. whole: the dropped channels of its page are
+ * stored. */
+typedef struct {
+    unsigned char *kept, *dropped, *v;
+} head_blocks;
+
+__device__ __forceinline__ head_blocks find_blocks(const lk_cuda_layer &layer, int64_t b, int32_t g,
+                                                   int32_t j, bool whole) {
+    const int64_t entry = b * layer.table_stride + j / LK_PAGE_TOKENS;
+    const int32_t n_kept = head_kept(layer, g);
+    head_blocks blocks = {};
+    if (n_kept > 0) {
+        unsigned char *page = reinterpret_cast<unsigned char *>(layer.page[entry]);
+        blocks.kept = page + head_kept_off(layer, g);
+        blocks.v = page + head_v_off(layer, g);
+    }
+    if (whole && n_kept < layer.head_dim) {
+        unsigned char *twin = reinterpret_cast<unsigned char *>(layer.twin[entry]);
+        blocks.dropped = twin + head_dropped_off(layer, g);
+        if (n_kept == 0) blocks.v = twin + head_v_off(layer, g);
+    }
+    return blocks;
 }
 
 #endif
