@@ -1,11 +1,13 @@
 /* combine.cu: merge the parts of the units that several chunks of a decode launch had. An item is one query head of a unit:
  * its warps take turns with the parts, a lane has 4 value indices, and the warps' results are merged last. The order is
- * fixed, so that two runs agree bit for bit. Items of units that one chunk had are finished already.
+ * fixed, so that two runs agree bit for bit. Items of units that one chunk had are finished already. The last block lets
+ * lengths advance: everybody has read them.
  *
  * There are no more blocks than can be resident beside those of the decode kernel: they are there when it ends, and once
  * they are, blocks of the kernel after them can come too. */
 #include "combine.cuh"
 #include "decode_merge.cuh"
+#include "decode_plan.cuh"
 
 #define COMBINE_WARPS 8
 #define LOADS 4 /* parts whose loads are in flight together */
@@ -47,12 +49,20 @@ __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 5)
     const float *lane_o = p.states + min(d, D - 4), *lane_m = p.states + p.r * D;
     let_next_kernel_come();
     wait_for_earlier_kernels();
-    int32_t item = ((int32_t)blockIdx.x * COMBINE_WARPS + warp) / item_warps;
+    const int32_t n_blocks = (int32_t)gridDim.x - 1; /* that merge */
+    if ((int32_t)blockIdx.x == n_blocks) {
+        advance_rows(p);
+        return;
+    }
+    /* Neighbours share a unit, so that one of them waits for its chunks. */
+    const int32_t n_groups = n_blocks * COMBINE_WARPS / item_warps;
+    const int32_t n_each = (n_items + n_groups - 1) / n_groups;
+    int32_t item = ((int32_t)blockIdx.x * COMBINE_WARPS + warp) / item_warps * n_each;
+    const int32_t end = min(item + n_each, n_items);
 #pragma unroll 1
     do {
         const int32_t unit = item / p.r, column = item % p.r;
-        int2 chunks = {0, 0};
-        if (item < n_items) chunks = __ldcg(p.unit_chunks + unit);
+        const int2 chunks = item < end ? p.unit_chunks[unit] : make_int2(0, 0);
         const bool has_parts = chunks.x < chunks.y;
         state_part x = {-INFINITY, 0.0f, {}};
 #pragma unroll 1
@@ -82,8 +92,7 @@ __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 5)
         if (has_parts && rank == 0 && d < D)
             write_out<T>(p, unit / p.layer.n_heads, unit % p.layer.n_heads, true, column, d, x.m,
                          x.l, x.o);
-        item += (int32_t)gridDim.x * COMBINE_WARPS;
-    } while (item_warps == 1 && item < n_items);
+    } while (++item < end);
 }
 
 lk_status launch_combine(const decode_params &p, cudaStream_t stream, int32_t *cuda_error) {
@@ -95,11 +104,12 @@ lk_status launch_combine(const decode_params &p, cudaStream_t stream, int32_t *c
     if (error != cudaSuccess) return lk_cuda_launched(error, stream, cuda_error);
     /* Few items have many parts each, and many have few. */
     const int32_t n_items = p.layer.n_rows * p.layer.n_heads * p.r;
-    const int32_t n_warps = p.n_blocks * COMBINE_WARPS;
+    const int32_t most_blocks = p.n_blocks > 1 ? p.n_blocks - 1 : 1;
+    const int32_t n_warps = most_blocks * COMBINE_WARPS;
     int32_t item_warps = COMBINE_WARPS;
     while (item_warps > 1 && n_items > n_warps / item_warps) item_warps /= 2;
     const int32_t wanted = (n_items * item_warps + COMBINE_WARPS - 1) / COMBINE_WARPS;
-    const int32_t n_blocks = wanted < p.n_blocks ? wanted : p.n_blocks;
+    const int32_t n_blocks = 1 + (wanted < most_blocks ? wanted : most_blocks);
     return launch_early(dim3((unsigned)n_blocks), COMBINE_WARPS * LK_WARP, 0, stream, cuda_error,
                         kernel, p, item_warps);
 }

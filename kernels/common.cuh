@@ -60,7 +60,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity) {
 }
 
 /* The same for a whole warp. One lane waits: others might come so late that the barrier is two phases on, which looks as
- * if this one had not completed. (Where every lane waits, the next phase needs an arrival that follows a __syncwarp.) */
+ * if this one had not completed. (Where every lane waits, the next phase needs arrivals of theirs.) */
 __device__ __forceinline__ void warp_wait(uint64_t *bar, uint32_t parity, int lane) {
     if (lane == 0) barrier_wait(bar, parity);
     __syncwarp();
@@ -99,16 +99,6 @@ __device__ __forceinline__ void let_next_kernel_come() {
 #if LK_BULK_COPY
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
-}
-
-/* Add to a counter; what the block's threads did before is seen by whoever reads the sum, and the reverse. */
-__device__ __forceinline__ int32_t add_and_order(int32_t *counter, int32_t n) {
-    int32_t before;
-    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(counter), "r"(n)
-                 : "memory");
-    return before;
 }
 
 /* ---------------------------------------------------------------------------------------------- async copies */
@@ -176,14 +166,6 @@ template <> __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, 
 template <> __device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
     const __half2 x = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t *>(&x);
-}
-
-template <typename T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
-}
-template <> __device__ __forceinline__ __half from_float<__half>(float x) {
-    return __float2half_rn(x);
 }
 
 /* d [16 x 8] += a [16 x 16] * b [16 x 8]; operands as the PTX manual orders them. */

@@ -20,7 +20,7 @@ static const struct {
     {LK_F16, 96, launch_decode_f16_96},   {LK_F16, 128, launch_decode_f16_128},
 };
 
-/* counters, then unit_chunks, then states: the same places for every layer, so that layers can share the workspace. */
+/* n_taken, then unit_chunks, then states: the same places for every layer, so that layers can share the workspace. */
 #define HEADER_BYTES 128
 
 size_t lk_cuda_attend_work_bytes(int32_t head_dim, int32_t r, int32_t n_blocks) {
@@ -60,7 +60,7 @@ lk_status lk_cuda_attend(const lk_cuda_attend_args *args) {
     p.n_blocks = args->n_blocks;
     p.scale = args->scale;
     p.softcap = args->softcap;
-    p.counters = reinterpret_cast<int32_t *>(work);
+    p.n_taken = reinterpret_cast<int32_t *>(work);
     p.unit_chunks = reinterpret_cast<int2 *>(work + HEADER_BYTES);
     p.states = reinterpret_cast<float *>(p.unit_chunks + LK_CUDA_MAX_UNITS);
     const cudaStream_t stream = static_cast<cudaStream_t>(args->stream);

@@ -34,8 +34,7 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
         const tile_layout<D> layout(n_kept);
         const T *new_k = s.q + (slot * (p.r + 2) + p.r) * D;
         const bool with_new = p.k && part.ends;
-        __syncwarp();
-        if (lane == 0 && !with_new) barrier_arrive(&s.part_empty[slot]);
+        if (!with_new) barrier_arrive(&s.part_empty[slot]);
 
         for (int32_t tile = part.tile_begin; tile < part.tile_end && !u.is_void; tile++) {
             /* Each team waits for every tile and releases its stage: who waits for a phase must have seen the phase
@@ -58,12 +57,10 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
             if (lane == 0) barrier_arrive(&s.empty[at.stage]);
             at.advance(p.n_stages);
         }
-        __syncwarp();
-        if (lane == 0 && with_new) barrier_arrive(&s.part_empty[slot]);
+        if (with_new) barrier_arrive(&s.part_empty[slot]);
         barrier_wait(s.states_empty, (index & 1) ^ 1);
         w.put(s.states, p.r, warp, lane);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(s.states_full);
+        barrier_arrive(s.states_full);
     }
 }
 
@@ -83,14 +80,12 @@ __device__ __forceinline__ void help(const decode_params &p,
                 reinterpret_cast<const uint16_t *>(s.q + slot * (p.r + 2) * D),
                 s.order + part.head * D, p.r, s.n_kept[part.head],
                 s.q_operand + slot * shape::Q_WORDS, thread, shape::HELPER_THREADS);
-        __syncwarp();
-        if (thread % LK_WARP == 0) barrier_arrive(&s.q_full[slot]);
+        barrier_arrive(&s.q_full[slot]);
         if (part.row >= 0 && p.k && part.ends && part.end > 0) {
             const T *new_k = s.q + (slot * (p.r + 2) + p.r) * D;
             store_new<T, D>(p, s, part, new_k, new_k + D, thread, shape::HELPER_THREADS);
-            __syncwarp();
         }
-        if (thread % LK_WARP == 0) barrier_arrive(&s.part_empty[slot]);
+        barrier_arrive(&s.part_empty[slot]);
         if (last.row >= 0) {
             barrier_wait(s.states_full, (index - 1) & 1);
             finish_part<T, D, COLUMN_TILES>(p, s, last, thread);
@@ -130,11 +125,10 @@ __global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::BOUND_THREADS, 
     }
     if (warp == shape::FETCH_WARP) {
         fetch.run();
-        finish_launch(p, lane);
     } else if (warp < shape::COMPUTE_WARPS) {
         compute<T, D, COLUMN_TILES>(p, s, warp, lane);
     } else {
-        help<T, D, COLUMN_TILES>(p, s, threadIdx.x - shape::COMPUTE_WARPS * LK_WARP);
+        help<T, D, COLUMN_TILES>(p, s, threadIdx.x - shape::COMPUTE_THREADS);
     }
 }
 

@@ -27,7 +27,8 @@ typedef struct {
 typedef struct {
     bool exists;
     decode_part part;
-    int64_t page, twin; /* 0: not needed */
+    int64_t page,
+        twin; /* of all heads; not looked at before they are used, since memory is slow to answer */
 } found_part;
 
 template <typename T, int D, int COLUMN_TILES> struct fetcher {
@@ -61,23 +62,37 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         return !whole ? 0 : 128u * (uint32_t)(n_kept > 0 ? D - n_kept : 2 * D);
     }
 
+    /* One of the copies that a stage gets. */
+    __device__ __forceinline__ void copy(unsigned char *to, int64_t from, uint32_t n_bytes,
+                                         uint64_t *bar) {
+        if (n_bytes == 0) return;
+#if LK_BULK_COPY
+        if (lane == 0) bulk_copy(to, from, n_bytes, bar, stream_policy());
+#else
+        warp_copy(to, from, n_bytes, lane);
+#endif
+    }
+
+    /* whole: the tile's dropped channels are wanted, and there are some; n_groups: groups of 16 tokens that it has. */
     __device__ __forceinline__ void fetch_tile(int64_t page, int64_t twin, int32_t n_kept,
-                                               bool whole) {
+                                               bool whole, int32_t n_groups) {
         unsigned char *to = s.stage + (size_t)at.stage * smem::shape::STAGE_BYTES;
         uint64_t *bar = &s.full[at.stage];
         const tile_layout<D> layout(n_kept);
-        const uint32_t n_page = page_bytes(n_kept), n_twin = twin_bytes(n_kept, whole);
+        uint32_t n_page = page_bytes(n_kept), n_twin = twin_bytes(n_kept, whole), n_v = 0;
+        if (n_groups < 4) { /* K and V apart: the groups of each are its first ones */
+            n_v = 32u * (uint32_t)(n_groups * D);
+            n_page = 32u * (uint32_t)(n_groups * n_kept);
+            n_twin = !whole ? 0 : 32u * (uint32_t)(n_groups * (D - n_kept));
+        }
         warp_wait(&s.empty[at.stage], at.phase ^ 1, lane);
 #if LK_BULK_COPY
-        if (lane == 0) {
-            const uint64_t policy = stream_policy();
-            barrier_expect(bar, n_page + n_twin);
-            if (n_page) bulk_copy(to, page, n_page, bar, policy);
-            if (n_twin) bulk_copy(to + layout.dropped, twin, n_twin, bar, policy);
-        }
-#else
-        warp_copy(to, page, n_page, lane);
-        warp_copy(to + layout.dropped, twin, n_twin, lane);
+        if (lane == 0) barrier_expect(bar, n_page + n_twin + n_v);
+#endif
+        copy(to, page, n_page, bar);
+        copy(to + layout.dropped, twin, n_twin, bar);
+        copy(to + layout.v, (n_kept > 0 ? page : twin) + layout.v, n_v, bar);
+#if !LK_BULK_COPY
         arrive_after_copies(bar);
 #endif
         at.advance(p.n_stages);
@@ -95,31 +110,37 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         if (unit.is_void || tile >= f->part.tile_end) return;
         const int64_t row_table = (int64_t)f->part.row * layer.table_stride;
         const int64_t entry = row_table + lk_unit_page(&unit, tile);
-        if (n_kept > 0) f->page = __ldcg(layer.page + entry) + head_kept_off(layer, head);
-        if (n_kept < D && lk_unit_is_whole(&unit, tile))
-            f->twin = __ldcg(layer.twin + entry) + head_dropped_off(layer, head);
+        if (n_kept > 0) f->page = __ldcg(layer.page + entry);
+        if (n_kept < D && lk_unit_is_whole(&unit, tile)) f->twin = __ldcg(layer.twin + entry);
     }
 
     /* Bring the first n_tiles into L2, up to 32. */
     __device__ __forceinline__ void prefetch(const found_part &f, int32_t n_tiles) {
 #if LK_BULK_COPY
         if (!f.exists || lane >= n_tiles) return;
-        const int32_t n_kept = s.n_kept[f.part.head];
-        if (f.page) bulk_prefetch(f.page, page_bytes(n_kept));
-        if (f.twin) bulk_prefetch(f.twin, twin_bytes(n_kept, true));
+        const int32_t head = f.part.head, n_kept = s.n_kept[head];
+        if (f.page) bulk_prefetch(f.page + head_kept_off(p.layer, head), page_bytes(n_kept));
+        if (f.twin)
+            bulk_prefetch(f.twin + head_dropped_off(p.layer, head), twin_bytes(n_kept, true));
 #endif
     }
 
     __device__ __forceinline__ void fetch_part(const lk_unit &unit) {
-        const int32_t n_kept = s.n_kept[now.part.head], end = now.part.tile_end;
+        const int32_t head = now.part.head, n_kept = s.n_kept[head], end = now.part.tile_end;
+        const int64_t page_off = head_kept_off(p.layer, head);
+        const int64_t twin_off = head_dropped_off(p.layer, head);
 #pragma unroll 1
         for (int32_t first = now.part.tile_begin; first < end; first += LK_WARP) {
             if (first > now.part.tile_begin) find_tiles(&now, unit, first);
             const int32_t n = min(LK_WARP, end - first);
 #pragma unroll 1
             for (int32_t i = 0; i < n; i++)
-                fetch_tile(__shfl_sync(LK_ALL, now.page, i), __shfl_sync(LK_ALL, now.twin, i),
-                           n_kept, n_kept < D && lk_unit_is_whole(&unit, first + i));
+                fetch_tile(__shfl_sync(LK_ALL, now.page, i) + page_off,
+                           __shfl_sync(LK_ALL, now.twin, i) + twin_off, n_kept,
+                           n_kept < D && lk_unit_is_whole(&unit, first + i),
+                           now.part.ends && first + i == end - 1
+                               ? (now.part.end - 1) % LK_PAGE_TOKENS / 16 + 1
+                               : 4);
         }
     }
 
@@ -247,16 +268,14 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         find_part(&after);
     }
 
-    /* Before earlier kernels have ended: find the block's first parts, and bring as many tiles of each into L2 as two rings
-     * hold. */
+    /* Before earlier kernels have ended: find the block's first parts, and bring as many tiles into L2 as the ring holds. */
     __device__ __forceinline__ void prepare() {
         sum_rows(s.row_base, p.layer.n_rows, lane);
         __syncwarp();
         cut =
             lk_cut_make(s.row_base[p.layer.n_rows], p.layer.n_rows * p.layer.n_heads, gridDim.x, D);
         begin_chunk(blockIdx.x);
-        prefetch(now, 2 * p.n_stages);
-        prefetch(after, 2 * p.n_stages);
+        prefetch(now, p.n_stages);
     }
 
     __device__ __forceinline__ void run() {
@@ -270,7 +289,7 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
                 if (now.exists) find_part(&after);
             }
             int32_t taken = n_chunks;
-            if (lane == 0 && cut.n_chunks > 1) taken = gridDim.x + atomicAdd(&p.counters[0], 1);
+            if (lane == 0 && cut.n_chunks > 1) taken = gridDim.x + atomicAdd(p.n_taken, 1);
             taken = __shfl_sync(LK_ALL, taken, 0);
             if (taken >= n_chunks) break;
             begin_chunk(taken);

@@ -24,9 +24,9 @@ __device__ __forceinline__ void write_out(const decode_params &p, int32_t row, i
         }
     }
     factor = l == 0.0f ? 0.0f : factor / l;
-    T *out = static_cast<T *>(p.o) + at * p.layer.head_dim + d;
-#pragma unroll
-    for (int i = 0; i < 4; i++) out[i] = from_float<T>(o[i] * factor);
+    const uint2 words = {pack2<T>(o[0] * factor, o[1] * factor),
+                         pack2<T>(o[2] * factor, o[3] * factor)};
+    *reinterpret_cast<uint2 *>(static_cast<T *>(p.o) + at * p.layer.head_dim + d) = words;
     if (p.lse && d == 0) p.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * LK_LN_2;
 }
 
@@ -78,8 +78,7 @@ __device__ __forceinline__ void finish_part(const decode_params &p,
         if (into) put_state<D>(into, p.r, column, d, m, l, o);
         else write_out<T>(p, part.row, part.head, part.end > 0, column, d, m, l, o);
     }
-    __syncwarp();
-    if (thread % LK_WARP == 0) barrier_arrive(s.states_empty);
+    barrier_arrive(s.states_empty);
 }
 
 #endif

@@ -65,29 +65,26 @@ __device__ __forceinline__ bool plan_holds(const decode_params &p, const Smem &s
     return holds;
 }
 
-/* By one warp of each block, when the block has taken its last chunk. Then it has read the lengths too: the last block
- * lets them advance, and leaves the counters at 0. */
-__device__ __forceinline__ void finish_launch(const decode_params &p, int lane) {
+/* Lengths, lo and columns advance, and the counter is 0 again; by one block, when the decode kernel has ended. */
+__device__ __forceinline__ void advance_rows(const decode_params &p) {
     const lk_cuda_layer &layer = p.layer;
-    int32_t n_before = 0;
-    if (lane == 0) n_before = add_and_order(&p.counters[1], 1);
-    n_before = __shfl_sync(LK_ALL, n_before, 0);
-    if (n_before != (int32_t)gridDim.x - 1) return;
-    if (lane == 0) p.counters[0] = p.counters[1] = 0;
+    if (threadIdx.x == 0) *p.n_taken = 0;
     if (!p.k) return;
-    const int32_t columns = __ldcg(layer.state + LK_STATE_COLUMNS);
-    if (columns >= layer.max_tokens) { /* nothing was stored */
-        if (lane == 0) layer.state[LK_STATE_OVERFLOW] = 1;
-        return;
-    }
+    const int32_t columns = layer.state[LK_STATE_COLUMNS];
+    const bool fits = columns < layer.max_tokens; /* or nothing was stored */
 #pragma unroll 1
-    for (int32_t b = lane; b < layer.n_rows; b += LK_WARP) {
+    for (int32_t b = threadIdx.x; b < layer.n_rows; b += blockDim.x) {
+        /* All reads come before the first write and the first use, so that they are under way together. */
+        const int32_t len = state_len(layer)[b], lo = state_lo(layer)[b], n0 = state_n0(layer)[b];
         const bool real = is_real(p, b);
+        if (!fits) continue;
         layer.real[b * layer.real_stride + columns] = real;
-        if (real) settle_row(layer, b, __ldcg(state_len(layer) + b) + 1);
+        if (real) settle_row(layer, b, len + 1, lo, n0);
     }
-    __syncwarp();
-    if (lane == 0) layer.state[LK_STATE_COLUMNS] = columns + 1;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    if (fits) layer.state[LK_STATE_COLUMNS] = columns + 1;
+    else layer.state[LK_STATE_OVERFLOW] = 1;
 }
 
 #endif

@@ -15,6 +15,7 @@ template <int D, int COLUMN_TILES> struct decode_shape {
     static constexpr int COMPUTE_WARPS = 4 * TEAMS;
     static constexpr int HELPER_WARPS = 3;
     static constexpr int FETCH_WARP = COMPUTE_WARPS + HELPER_WARPS;
+    static constexpr int COMPUTE_THREADS = COMPUTE_WARPS * LK_WARP;
     static constexpr int HELPER_THREADS = HELPER_WARPS * LK_WARP;
     static constexpr int THREADS = (FETCH_WARP + 1) * LK_WARP;
     /* As many threads would fill the registers: so each has at most 128, and with the same number of warps in every
@@ -41,10 +42,10 @@ typedef struct {
     int32_t r, n_blocks, n_stages;
     float scale, softcap;
     /* The workspace:
-     *   counters [2]            chunks taken beyond one per block; blocks that took their last; 0 between launches
+     *   n_taken                 chunks taken beyond one per block; 0 between launches
      *   unit_chunks [B * Hkv]   chunks that have a unit's first and last tile
      *   states [2 * chunks]     part_floats each: parts that are not whole units */
-    int32_t *counters;
+    int32_t *n_taken;
     int2 *unit_chunks;
     float *states;
 } decode_params;
@@ -126,11 +127,11 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
         }
         for (int i = 0; i < 2; i++) {
             barrier_init(&part_full[i], LK_BULK_COPY ? 1 : LK_WARP + 1);
-            barrier_init(&q_full[i], shape::HELPER_WARPS);
-            barrier_init(&part_empty[i], shape::COMPUTE_WARPS + shape::HELPER_WARPS);
+            barrier_init(&q_full[i], shape::HELPER_THREADS);
+            barrier_init(&part_empty[i], shape::COMPUTE_THREADS + shape::HELPER_THREADS);
         }
-        barrier_init(states_full, shape::COMPUTE_WARPS);
-        barrier_init(states_empty, shape::HELPER_WARPS);
+        barrier_init(states_full, shape::COMPUTE_THREADS);
+        barrier_init(states_empty, shape::HELPER_THREADS);
         fence_bulk();
     }
 };

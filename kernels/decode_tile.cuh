@@ -22,23 +22,16 @@ template <typename T, int D, typename Smem>
 __device__ __forceinline__ void store_new(const decode_params &p, const Smem &s,
                                           const decode_part &part, const T *k, const T *v,
                                           int32_t thread, int32_t n_threads) {
-    const lk_cuda_layer &layer = p.layer;
     const uint8_t *order = s.order + part.head * D;
-    const int32_t n_kept = s.n_kept[part.head], n_dropped = D - n_kept, position = part.end - 1;
+    const int32_t n_kept = s.n_kept[part.head], position = part.end - 1;
     const int32_t slot = position % LK_PAGE_TOKENS;
-    const int64_t entry = (int64_t)part.row * layer.table_stride + position / LK_PAGE_TOKENS;
-    unsigned char *page = NULL, *twin = NULL; /* of this row */
-    if (n_kept > 0) page = reinterpret_cast<unsigned char *>(layer.page[entry]);
-    if (n_dropped > 0) twin = reinterpret_cast<unsigned char *>(layer.twin[entry]);
-    unsigned char *kept = page + head_kept_off(layer, part.head);
-    unsigned char *dropped = twin + head_dropped_off(layer, part.head);
-    unsigned char *v_block = (n_kept > 0 ? page : twin) + head_v_off(layer, part.head);
+    const head_blocks blocks = find_blocks(p.layer, part.row, part.head, position, true);
 #pragma unroll 1
     for (int32_t c = thread; c < D; c += n_threads) {
-        unsigned char *at = c < n_kept ? kept + lk_k_at(c, slot, n_kept)
-                                       : dropped + lk_k_at(c - n_kept, slot, n_dropped);
+        unsigned char *at = c < n_kept ? blocks.kept + lk_k_at(c, slot, n_kept)
+                                       : blocks.dropped + lk_k_at(c - n_kept, slot, D - n_kept);
         *reinterpret_cast<T *>(at) = k[order[c]];
-        *reinterpret_cast<T *>(v_block + lk_v_at(slot, c, D)) = v[c];
+        *reinterpret_cast<T *>(blocks.v + lk_v_at(slot, c, D)) = v[c];
     }
 }
 
