@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from leank.bench_work import Options, Work
+    from leank.bench.work import Options, Work
 
 app = typer.Typer(
     name="leank", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -38,7 +38,7 @@ class HalfType(enum.StrEnum):
 
 
 class ProfileName(enum.StrEnum):
-    """Profiles of ``leank.bench_profiles``, and all of them."""
+    """Profiles of ``leank.bench.profiles``, and all of them."""
 
     llama = "llama-3.1-8b"
     qwen = "qwen-2.5-7b"
@@ -150,7 +150,7 @@ def bench_decode(
 
     Results are checked first. Prints time, gain over the best dense peer and bytes per second.
     """
-    from leank.bench_work import BenchError, Options, WrongResultError, plan
+    from leank.bench.work import BenchError, Options, WrongResultError, plan
 
     options = Options(
         profile=None if profile is None else profile.value,
@@ -178,12 +178,12 @@ def bench_decode(
 
 
 def _run_bench_decode(options: Options, works: list[Work], json_file: Path | None) -> None:
-    from leank.bench_work import BenchError, as_json
+    from leank.bench.work import BenchError, as_json
 
     try:
         # When the options are known to be right: torch takes seconds.
-        from leank.bench_decode import run
-        from leank.bench_report import print_report
+        from leank.bench.decode import run
+        from leank.bench.report import print_report
     except ImportError as error:
         if error.name == "torch":
             raise BenchError("needs torch: pip install 'leank[hf]'") from error

@@ -46,7 +46,7 @@ assert importlib.metadata.version("leank") == leank.__version__
 for name in ("py.typed", "_C.pyi"):
     assert (home / name).is_file(), name
 assert list(home.rglob("*.safetensors")), "the shipped mask is not installed"
-from leank.bench_profiles import load_profiles
+from leank.bench.profiles import load_profiles
 assert load_profiles(), "the benchmark's profiles are not installed"
 print(leank.__version__, leank.capabilities())
 PYTHON

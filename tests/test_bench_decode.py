@@ -11,8 +11,9 @@ import types
 import numpy as np
 import pytest
 
-from leank import ChannelMask, bench_profiles, bench_work
-from leank.bench_work import (
+from leank import ChannelMask
+from leank.bench import profiles, work
+from leank.bench.work import (
     AppendLine,
     BenchError,
     LayerLine,
@@ -35,7 +36,7 @@ pytest.importorskip("typer")
 from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from leank.bench_report import print_report  # noqa: E402
+from leank.bench.report import print_report  # noqa: E402
 from leank.cli import ProfileName, app  # noqa: E402
 
 
@@ -66,7 +67,7 @@ def test_the_default_is_the_whole_table():
 
 
 def test_profiles_and_shapes_can_be_chosen():
-    assert [name.value for name in ProfileName] == [*bench_profiles.load_profiles(), "all"]
+    assert [name.value for name in ProfileName] == [*profiles.load_profiles(), "all"]
     (work,) = plan(Options(profile="qwen-2.5-7b", shapes=("2x70", "1x9")))
     assert (work.name, work.shapes) == ("qwen-2.5-7b", (Shape(2, 70), Shape(1, 9)))
     assert len(plan(Options(profile="all"))) == 2
@@ -163,7 +164,7 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 
 def work_of(keep, n_q_heads, *shapes):
-    return bench_work.Work("mask", keep, n_q_heads, shapes)
+    return work.Work("mask", keep, n_q_heads, shapes)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def work_of(keep, n_q_heads, *shapes):
 def test_what_the_kernels_do_not_take(head_dim, n_q_heads, n_rows, message):
     pytest.importorskip("torch")
     pytest.importorskip("leank.cuda", reason="leank was built without CUDA")
-    from leank.bench_decode import _check_limits
+    from leank.bench.decode import _check_limits
 
     work = work_of(np.ones((1, 2, head_dim), bool), n_q_heads, Shape(n_rows, 9))
     with pytest.raises(BenchError, match=message):
@@ -272,9 +273,9 @@ def fake_run(monkeypatch, *results, error=None):
         if error is not None:
             raise error
 
-    module = types.ModuleType("leank.bench_decode")
+    module = types.ModuleType("leank.bench.decode")
     module.run = run
-    monkeypatch.setitem(sys.modules, "leank.bench_decode", module)
+    monkeypatch.setitem(sys.modules, "leank.bench.decode", module)
 
 
 def test_the_command_prints_and_saves(monkeypatch, tmp_path):
@@ -292,7 +293,7 @@ def test_the_command_prints_and_saves(monkeypatch, tmp_path):
 
 
 def test_what_was_found_is_saved_when_the_rest_fails(monkeypatch, tmp_path):
-    wrong = bench_work.WrongResultError("qwen-2.5-7b, layer 0, row 0: expected 1, got 2")
+    wrong = work.WrongResultError("qwen-2.5-7b, layer 0, row 0: expected 1, got 2")
     fake_run(monkeypatch, fake_result(), error=wrong)
     result = bench("--json", tmp_path / "out.json")
     assert result.exit_code == 1 and result.stdout == ""
@@ -315,7 +316,7 @@ def test_every_number_of_a_line_is_in_the_json():
 @pytest.mark.parametrize("length", [3, 20, 60])
 def test_its_truth_is_the_rule(length, rng):
     torch = pytest.importorskip("torch")
-    from leank.bench_truth import attend64
+    from leank.bench.truth import attend64
 
     keep, dim = random_keep(rng, 16, (0, 8, 16)), 16
     q, k, v = (rng.standard_normal((3 * r, n, dim)) for r, n in ((2, 1), (1, length), (1, length)))
@@ -332,7 +333,7 @@ def test_its_truth_is_the_rule(length, rng):
 def test_its_bound_passes_roundings_and_finds_what_is_left_out():
     """The plain computation in the type stays inside; 300 of 40,000 tokens left out do not."""
     torch = pytest.importorskip("torch")
-    from leank.bench_truth import attend64, error_bound, relative_error
+    from leank.bench.truth import attend64, error_bound, relative_error
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -355,23 +356,23 @@ def test_its_bound_passes_roundings_and_finds_what_is_left_out():
 def test_mixed_widths_need_the_bytes_of_equal_ones():
     pytest.importorskip("torch")
     pytest.importorskip("leank.cuda", reason="leank was built without CUDA")
-    from leank import bench_details
+    from leank.bench import details
 
-    assert doctest.testmod(bench_details).failed == 0
+    assert doctest.testmod(details).failed == 0
     for n_heads, head_dim in ((8, 128), (4, 128), (4, 64), (2, 96)):
-        widths = bench_details.mixed_widths(n_heads, head_dim)
+        widths = details.mixed_widths(n_heads, head_dim)
         assert len(set(widths)) == n_heads and not any(n % 8 for n in widths)
         n_bytes = [
-            bench_profiles.needed_bytes(keep[0], 1, 5000, sink=128, recent=896)
+            profiles.needed_bytes(keep[0], 1, 5000, sink=128, recent=896)
             for keep in (
-                bench_profiles.random_keep([each], head_dim, seed=0)
+                profiles.random_keep([each], head_dim, seed=0)
                 for each in (widths, [head_dim // 2] * n_heads)
             )
         ]
         assert n_bytes[0] == n_bytes[1]
     with pytest.raises(BenchError, match="mixed: expected a head dim .* got 128 and 16"):
-        bench_details.mixed_widths(16, 128)
+        details.mixed_widths(16, 128)
 
 
 def test_words_of_a_shape_are_those_of_its_option():
-    assert bench_work._shape(str(Shape(8, 8192))) == Shape(8, 8192)
+    assert work._shape(str(Shape(8, 8192))) == Shape(8, 8192)

@@ -6,8 +6,9 @@ import hashlib
 import numpy as np
 import pytest
 
-from leank import ChannelMask, bench_profiles
-from leank.bench_profiles import dense_bytes, load_profiles, needed_bytes, random_keep
+from leank import ChannelMask
+from leank.bench import profiles
+from leank.bench.profiles import dense_bytes, load_profiles, needed_bytes, random_keep
 
 from .conftest import random_keep as keep_of
 from .reference import is_window
@@ -23,7 +24,7 @@ def byte_ratio(keep, length):
 
 
 def test_doctests():
-    result = doctest.testmod(bench_profiles)
+    result = doctest.testmod(profiles)
     assert result.attempted > 0 and result.failed == 0
 
 

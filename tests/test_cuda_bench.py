@@ -15,10 +15,10 @@ pytest.importorskip("leank.cuda", reason="leank was built without CUDA")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from leank import bench_layers  # noqa: E402
-from leank.bench_peers import PEERS  # noqa: E402
-from leank.bench_truth import attend64, error_bound, relative_error  # noqa: E402
-from leank.bench_work import Options, Shape  # noqa: E402
+from leank.bench import layers as bench_layers  # noqa: E402
+from leank.bench.peers import PEERS  # noqa: E402
+from leank.bench.truth import attend64, error_bound, relative_error  # noqa: E402
+from leank.bench.work import Options, Shape  # noqa: E402
 from leank.cli import app  # noqa: E402
 
 # Other libraries warn about what they do not take, and about things that they use themselves.

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import leank
 from leank import _C
-from leank.bench_profiles import needed_bytes
+from leank.bench.profiles import needed_bytes
 from tests import compare
 from tests.bench import lib
 

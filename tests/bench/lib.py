@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import leank
-from leank.bench_profiles import load_profiles
+from leank.bench.profiles import load_profiles
 
 ROOT = Path(__file__).resolve().parents[2]
 

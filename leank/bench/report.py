@@ -9,8 +9,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from leank import bench_work
-from leank.bench_work import AppendLine, LayerLine, Line, MixedLine, Result, Shape
+from leank.bench.work import AppendLine, LayerLine, Line, MixedLine, Result, Shape
+from leank.bench.work import Table as ResultTable
 
 
 def print_report(result: Result, console: Console, *, peers: bool) -> None:
@@ -41,7 +41,7 @@ def _facts(result: Result) -> Table:
     return grid
 
 
-def _heading(table: bench_work.Table) -> Group:
+def _heading(table: ResultTable) -> Group:
     shape = (
         f"\n {table.name}: {table.n_layers} layers, Hq/Hkv {table.n_q_heads}/{table.n_heads}, "
         f"D {table.head_dim}"
@@ -115,7 +115,7 @@ _KINDS: dict[type, Callable[[list], Table]] = {
 }
 
 
-def _refusals(table: bench_work.Table) -> Table:
+def _refusals(table: ResultTable) -> Table:
     """One line for each peer and reason, with the shapes."""
     shapes: dict[tuple[str, str], list[Shape]] = {}
     for refusal in table.refusals:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import leank
-from leank.bench_profiles import load_profiles
+from leank.bench.profiles import load_profiles
 
 
 class Shape(NamedTuple):

@@ -20,13 +20,13 @@ import torch
 from rich.console import Console
 
 import leank
-from leank import bench_details
 from leank._cuda_ops import _cuda
-from leank.bench_layers import Layers, Timer, check, layers_per_graph
-from leank.bench_peers import measure_peers
-from leank.bench_profiles import dense_bytes, needed_bytes
-from leank.bench_truth import error_bound
-from leank.bench_work import (
+from leank.bench import details
+from leank.bench.layers import Layers, Timer, check, layers_per_graph
+from leank.bench.peers import measure_peers
+from leank.bench.profiles import dense_bytes, needed_bytes
+from leank.bench.truth import error_bound
+from leank.bench.work import (
     AppendLine,
     BenchError,
     LayerLine,
@@ -98,7 +98,7 @@ def _check_limits(work: Work, options: Options) -> None:
         if shape.n_rows > most:
             raise BenchError(f"shapes: expected at most {most} rows, got {shape}")
     if options.mixed:
-        bench_details.mixed_widths(work.n_heads, work.head_dim)
+        details.mixed_widths(work.n_heads, work.head_dim)
 
 
 def _checked(work: Work, options: Options) -> Table:
@@ -117,11 +117,11 @@ def _measure(
     work: Work, shape: Shape, time: Timer, options: Options, refusals: list[Refusal]
 ) -> Iterator[Line | LayerLine | AppendLine | MixedLine]:
     if options.per_layer:
-        yield from bench_details.per_layer(work, shape, time, options)
+        yield from details.per_layer(work, shape, time, options)
     if options.append:
-        yield bench_details.append_share(work, shape, time, options)
+        yield details.append_share(work, shape, time, options)
     if options.mixed:
-        yield bench_details.mixed(work, shape, time, options)
+        yield details.mixed(work, shape, time, options)
     if not (options.per_layer or options.append or options.mixed):
         yield _against_peers(work, shape, time, options, refusals)
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from leank.bench_profiles import dense_bytes
-from leank.bench_truth import attend64, error_bound, relative_error
-from leank.bench_work import Options, Shape, Work, WrongResultError
+from leank.bench.profiles import dense_bytes
+from leank.bench.truth import attend64, error_bound, relative_error
+from leank.bench.work import Options, Shape, Work, WrongResultError
 from leank.cuda import LayerCache, decode
 
 # Dense K and V of the layers that are captured together, at most (but one layer at least).

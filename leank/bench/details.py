@@ -1,6 +1,6 @@
 """Single layers, the share of storing the token, and mixed widths, for ``leank bench decode``.
 
-Times are taken as for the table: see `leank.bench_layers.Timer`.
+Times are taken as for the table: see `leank.bench.layers.Timer`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from leank.bench_layers import Layers, Timer, layers_per_graph
-from leank.bench_profiles import needed_bytes, random_keep
-from leank.bench_work import AppendLine, BenchError, LayerLine, MixedLine, Options, Shape, Work
+from leank.bench.layers import Layers, Timer, layers_per_graph
+from leank.bench.profiles import needed_bytes, random_keep
+from leank.bench.work import AppendLine, BenchError, LayerLine, MixedLine, Options, Shape, Work
 
 
 def per_layer(work: Work, shape: Shape, time: Timer, options: Options) -> Iterator[LayerLine]:

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from leank.bench_truth import attend64, error_bound, relative_error
-from leank.bench_work import Shape, Work
+from leank.bench.truth import attend64, error_bound, relative_error
+from leank.bench.work import Shape, Work
 
 # Looser than for LeanK: only a result that is wrong is to be found.
 _BOUND_FACTOR = 2
@@ -111,7 +111,7 @@ def measure_peers(
     n_layers : int
         Layers that are captured together.
     dtype : torch.dtype
-    time : leank.bench_layers.Timer
+    time : leank.bench.layers.Timer
 
     Returns
     -------
