@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 5)
         advance_rows(p);
         return;
     }
-    /* Neighbours share a unit, so that one of them waits for its chunks. */
+    /* Neighbours share a unit: the second one finds its chunks in L1. */
     const int32_t n_groups = n_blocks * COMBINE_WARPS / item_warps;
     const int32_t n_each = (n_items + n_groups - 1) / n_groups;
     int32_t item = ((int32_t)blockIdx.x * COMBINE_WARPS + warp) / item_warps * n_each;

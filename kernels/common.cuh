@@ -60,7 +60,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity) {
 }
 
 /* The same for a whole warp. One lane waits: others might come so late that the barrier is two phases on, which looks as
- * if this one had not completed. (Where every lane waits, the next phase needs arrivals of theirs.) */
+ * if this one had not completed. (Where every lane waits, the next phase needs an arrival that follows a __syncwarp.) */
 __device__ __forceinline__ void warp_wait(uint64_t *bar, uint32_t parity, int lane) {
     if (lane == 0) barrier_wait(bar, parity);
     __syncwarp();

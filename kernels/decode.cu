@@ -68,7 +68,10 @@ lk_status lk_cuda_attend(const lk_cuda_attend_args *args) {
         if (instance.dtype != layer->dtype || instance.head_dim != layer->head_dim) continue;
         const lk_status status = instance.launch(&p, args->smem_bytes, stream, args->cuda_error);
         if (status != LK_OK) return status;
-        return launch_combine(p, stream, args->cuda_error);
+        const lk_status merged = launch_combine(p, stream, args->cuda_error);
+        /* The combine would have done it, and the next launch depends on it. */
+        if (merged != LK_OK) (void)cudaMemsetAsync(p.n_taken, 0, sizeof *p.n_taken, stream);
+        return merged;
     }
     return LK_E_SHAPE;
 }

@@ -27,8 +27,8 @@ typedef struct {
 typedef struct {
     bool exists;
     decode_part part;
-    int64_t page,
-        twin; /* of all heads; not looked at before they are used, since memory is slow to answer */
+    /* Of all heads: adding a head's place already here would be to wait for memory. */
+    int64_t page, twin;
 } found_part;
 
 template <typename T, int D, int COLUMN_TILES> struct fetcher {
@@ -54,12 +54,27 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
                                        int own_lane)
         : p(params), s(memory), lane(own_lane), at{0, 0}, n_parts(0) {}
 
-    /* Bytes of a tile's page and twin; whole: the tile's dropped channels are wanted, and there are some. */
-    __device__ __forceinline__ static uint32_t page_bytes(int32_t n_kept) {
-        return n_kept > 0 ? 128u * (uint32_t)(n_kept + D) : 0;
+    /* How a tile is copied, in bytes: from its page, from its twin, and of V, where K and V are copied apart. */
+    typedef struct {
+        uint32_t page, twin, v;
+    } tile_bytes;
+
+    /* whole: the tile's dropped channels are wanted, and there are some; n_groups: groups of 16 tokens that it has. */
+    __device__ __forceinline__ static tile_bytes bytes_of(int32_t n_kept, bool whole,
+                                                          int32_t n_groups) {
+        tile_bytes n;
+        n.v = n_groups < 4 ? 32u * (uint32_t)(n_groups * D)
+                           : 0; /* the groups of each are its first */
+        n.page = 32u * (uint32_t)(n_groups * n_kept);
+        n.twin = !whole ? 0 : 32u * (uint32_t)(n_groups * (D - n_kept));
+        if (n_groups == 4 && n_kept > 0) n.page += 128u * D;
+        if (n_groups == 4 && n_kept == 0 && whole) n.twin += 128u * D;
+        return n;
     }
-    __device__ __forceinline__ static uint32_t twin_bytes(int32_t n_kept, bool whole) {
-        return !whole ? 0 : 128u * (uint32_t)(n_kept > 0 ? D - n_kept : 2 * D);
+
+    __device__ __forceinline__ static int32_t groups_of(const decode_part &part, int32_t tile) {
+        const bool is_last = part.ends && tile == part.tile_end - 1;
+        return is_last ? (part.end - 1) % LK_PAGE_TOKENS / 16 + 1 : 4;
     }
 
     /* One of the copies that a stage gets. */
@@ -73,25 +88,19 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
 #endif
     }
 
-    /* whole: the tile's dropped channels are wanted, and there are some; n_groups: groups of 16 tokens that it has. */
     __device__ __forceinline__ void fetch_tile(int64_t page, int64_t twin, int32_t n_kept,
                                                bool whole, int32_t n_groups) {
         unsigned char *to = s.stage + (size_t)at.stage * smem::shape::STAGE_BYTES;
         uint64_t *bar = &s.full[at.stage];
         const tile_layout<D> layout(n_kept);
-        uint32_t n_page = page_bytes(n_kept), n_twin = twin_bytes(n_kept, whole), n_v = 0;
-        if (n_groups < 4) { /* K and V apart: the groups of each are its first ones */
-            n_v = 32u * (uint32_t)(n_groups * D);
-            n_page = 32u * (uint32_t)(n_groups * n_kept);
-            n_twin = !whole ? 0 : 32u * (uint32_t)(n_groups * (D - n_kept));
-        }
+        const tile_bytes n = bytes_of(n_kept, whole, n_groups);
         warp_wait(&s.empty[at.stage], at.phase ^ 1, lane);
 #if LK_BULK_COPY
-        if (lane == 0) barrier_expect(bar, n_page + n_twin + n_v);
+        if (lane == 0) barrier_expect(bar, n.page + n.twin + n.v);
 #endif
-        copy(to, page, n_page, bar);
-        copy(to + layout.dropped, twin, n_twin, bar);
-        copy(to + layout.v, (n_kept > 0 ? page : twin) + layout.v, n_v, bar);
+        copy(to, page, n.page, bar);
+        copy(to + layout.dropped, twin, n.twin, bar);
+        copy(to + layout.v, (n_kept > 0 ? page : twin) + layout.v, n.v, bar);
 #if !LK_BULK_COPY
         arrive_after_copies(bar);
 #endif
@@ -117,11 +126,15 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
     /* Bring the first n_tiles into L2, up to 32. */
     __device__ __forceinline__ void prefetch(const found_part &f, int32_t n_tiles) {
 #if LK_BULK_COPY
-        if (!f.exists || lane >= n_tiles) return;
-        const int32_t head = f.part.head, n_kept = s.n_kept[head];
-        if (f.page) bulk_prefetch(f.page + head_kept_off(p.layer, head), page_bytes(n_kept));
-        if (f.twin)
-            bulk_prefetch(f.twin + head_dropped_off(p.layer, head), twin_bytes(n_kept, true));
+        if (!f.exists || lane >= n_tiles || !(f.page || f.twin)) return;
+        const int32_t n_kept = s.n_kept[f.part.head];
+        const int64_t page = f.page + head_kept_off(p.layer, f.part.head);
+        const int64_t twin = f.twin + head_dropped_off(p.layer, f.part.head);
+        const tile_bytes n =
+            bytes_of(n_kept, f.twin != 0, groups_of(f.part, f.part.tile_begin + lane));
+        if (n.page) bulk_prefetch(page, n.page);
+        if (n.twin) bulk_prefetch(twin, n.twin);
+        if (n.v) bulk_prefetch((n_kept > 0 ? page : twin) + tile_layout<D>(n_kept).v, n.v);
 #endif
     }
 
@@ -138,9 +151,7 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
                 fetch_tile(__shfl_sync(LK_ALL, now.page, i) + page_off,
                            __shfl_sync(LK_ALL, now.twin, i) + twin_off, n_kept,
                            n_kept < D && lk_unit_is_whole(&unit, first + i),
-                           now.part.ends && first + i == end - 1
-                               ? (now.part.end - 1) % LK_PAGE_TOKENS / 16 + 1
-                               : 4);
+                           groups_of(now.part, first + i));
         }
     }
 

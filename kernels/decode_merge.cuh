@@ -30,8 +30,8 @@ __device__ __forceinline__ void write_out(const decode_params &p, int32_t row, i
     if (p.lse && d == 0) p.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * LK_LN_2;
 }
 
-/* Where in `states` the state of a chunk's part of a unit is. A chunk has at most two parts that are not whole units: one that begins before it
- * (first of a pair), one that begins in it. */
+/* Where in `states` the state of a chunk's part of a unit is. A chunk has at most two parts that are not whole units: one
+ * that begins before it (first of a pair), one that begins in it. */
 __device__ __forceinline__ int32_t part_place(const decode_params &p, int32_t chunk, bool begins) {
     return (2 * chunk + begins) * part_floats(p.r, p.layer.head_dim);
 }

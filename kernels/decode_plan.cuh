@@ -17,7 +17,8 @@ __device__ __forceinline__ row_view view_row(const decode_params &p, int32_t b) 
     const int32_t columns = __ldcg(layer.state + LK_STATE_COLUMNS);
     const int32_t len = __ldcg(state_len(layer) + b), lo = __ldcg(state_lo(layer) + b);
     const int32_t n0 = __ldcg(state_n0(layer) + b), position = p.k ? len : len - 1;
-    const bool fits = !p.k || columns < layer.max_tokens;
+    /* len too: it may be of a later step than columns, and must not lead beyond the tables. */
+    const bool fits = !p.k || (columns < layer.max_tokens && len < layer.max_tokens);
     row_view view;
     view.end = fits && position >= 0 && is_real(p, b) ? position + 1 : 0;
     view.full_lo = full_lo_of(layer, lo, n0, position);
@@ -37,19 +38,21 @@ __device__ __forceinline__ void sum_rows(uint32_t *row_base, int32_t n, int lane
 }
 
 /* What each row sees and costs, by all threads of the block. row_base is 0 and becomes costs of rows, one place up:
- * the fetching warp sums them. */
+ * the fetching warp sums them. Lengths may change while this runs: each is read once, so that costs agree with the views
+ * that plan_holds checks. */
 template <typename Smem>
 __device__ __forceinline__ void make_plan(const decode_params &p, Smem &s) {
     const lk_cuda_layer &layer = p.layer;
     const int32_t n_heads = layer.n_heads, n_units = layer.n_rows * n_heads;
+    for (int32_t b = threadIdx.x; b < layer.n_rows; b += blockDim.x) s.row[b] = view_row(p, b);
+    for (int32_t g = threadIdx.x; g < n_heads; g += blockDim.x) s.n_kept[g] = head_kept(layer, g);
+    __syncthreads();
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < n_units; i += blockDim.x) {
-        const int32_t b = i / n_heads, n_kept = head_kept(layer, i % n_heads);
-        const row_view view = view_row(p, b);
-        const lk_unit u = lk_unit_make(view.end, view.full_lo, layer.sink, n_kept, layer.head_dim);
-        atomicAdd(&s.row_base[b + 1], lk_unit_cost(&u));
-        s.row[b] = view; /* the same from every head of the row */
-        s.n_kept[i % n_heads] = n_kept;
+        const row_view view = s.row[i / n_heads];
+        const lk_unit u =
+            lk_unit_make(view.end, view.full_lo, layer.sink, s.n_kept[i % n_heads], layer.head_dim);
+        atomicAdd(&s.row_base[i / n_heads + 1], lk_unit_cost(&u));
     }
 }
 

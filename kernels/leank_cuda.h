@@ -63,6 +63,8 @@ lk_status lk_cuda_geom(const uint8_t *keep, int32_t n_heads, int32_t head_dim, i
  *   softcap > 0: logits become softcap * tanh(logit / softcap)
  *   rows of q, k and v are 16-byte aligned, o is 8-byte aligned
  *   work: lk_cuda_attend_work_bytes, zeroed once; kernels leave its counter at 0
+ *   page, twin and geom are read before earlier kernels of the stream have ended: they must not be written by the one
+ *   directly ahead (lengths, real and valid may be). A kernel behind it that is launched early has to wait as usual
  * Bytes read: (D + Dk[g]) * 2 per token of a live head, 2 * 2 * D per window token otherwise.
  * The work is cut into chunks (plan.h) that blocks take as they get to them. A second launch merges the states of a
  * (row, head) that several chunks cover, in a fixed order, so that two runs agree bit for bit.
@@ -129,7 +131,7 @@ lk_status lk_cuda_gather(const lk_cuda_layer *layer, int32_t row, int32_t n_toke
 /* Row pairs[i][0] of `to` gets what row pairs[i][1] of `from` stores; the caller copies state and real.
  *   pairs [n_pairs, 2] int32 on the device; no row of `to` may be among the rows of `from` that are read
  *   both layers have the same mask and dtype, and `to` as much room; page_bytes, twin_bytes as lk_cuda_geom gives them
- * LK_E_SHAPE: more than 65535 pairs, or not enough room. */
+ * LK_E_SHAPE: more than 65535 pairs, or not enough room; LK_E_VALUE: bytes that are no multiple of 16. */
 lk_status lk_cuda_copy_pages(const lk_cuda_layer *to, const lk_cuda_layer *from,
                              const int32_t *pairs, int32_t n_pairs, int64_t page_bytes,
                              int64_t twin_bytes, void *stream, int32_t *cuda_error);

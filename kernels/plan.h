@@ -134,16 +134,4 @@ LK_PLAN uint32_t lk_cut_begin(const lk_cut *cut, int32_t chunk) {
     return cost < cut->total ? (uint32_t)cost : cut->total;
 }
 
-/* The chunk that a tile with `cost` before it is in. */
-LK_PLAN int32_t lk_cut_chunk_of(const lk_cut *cut, uint32_t cost) {
-    const int32_t n = cut->n_halvings;
-    const uint32_t quantum = cost / cut->quantum, in_share = quantum & ((1u << n) - 1);
-    const int32_t first = (int32_t)(quantum >> n) * cut->n_chunks;
-    if (n == 0) return first;
-    int32_t pair = 0;
-    while (pair < n - 1 && in_share >= (1u << n) - (1u << (n - pair - 1))) pair++;
-    const uint32_t in_pair = in_share - ((1u << n) - (1u << (n - pair)));
-    return first + 2 * pair + (int32_t)(pair < n - 1 ? in_pair >> (n - 2 - pair) : in_pair);
-}
-
 #endif

@@ -193,8 +193,6 @@ static PyObject *py_gather(PyObject *module, PyObject *args) {
     return done_or_raise(status, "gather", cuda_error);
 }
 
-/* -------------------------------------------------------------------------------------------- host functions */
-
 static PyObject *py_copy_pages(PyObject *module, PyObject *args) {
     PyObject *to, *from;
     int n_pairs;
@@ -210,6 +208,8 @@ static PyObject *py_copy_pages(PyObject *module, PyObject *args) {
                            page_bytes, twin_bytes, stream, &cuda_error);
     return done_or_raise(status, "copy_pages", cuda_error);
 }
+
+/* -------------------------------------------------------------------------------------------- host functions */
 
 static PyObject *py_geometry(PyObject *module, PyObject *args) {
     (void)module;

@@ -269,6 +269,7 @@ class LayerCache:
         if rows.min() < 0 or rows.max() >= self.n_rows:
             bad = rows[(rows < 0) | (rows >= self.n_rows)][0]
             raise IndexError(f"rows: expected 0 to {self.n_rows - 1}, got {bad}")
+        rows = rows.astype(np.int64)
         if len(rows) != self.n_rows:
             other = self._like(len(rows))
             other._copy_from(self, rows)
@@ -280,8 +281,9 @@ class LayerCache:
         repeats = np.setdiff1d(np.arange(self.n_rows), first)
         pages_of = rows.copy()
         pages_of[repeats] = unused
-        self._table.copy_(self._table[:, self._on_device(pages_of)])
+        table = self._table[:, self._on_device(pages_of)]
         self._move_rows(self, rows)
+        self._table.copy_(table)
         self._copy_pages(self, np.stack([repeats, first[place][repeats]], 1))
 
     def copy(self) -> "LayerCache":
@@ -318,8 +320,10 @@ class LayerCache:
         """Take lengths and real columns of rows of another cache, or of this one."""
         index = self._on_device(rows)
         header = _cuda.STATE_HEADER
-        self._real.copy_(other._real[index])
-        self._state[header:].view(3, -1).copy_(other._state[header:].view(3, -1)[:, index])
+        # What may not fit comes first: then nothing is half changed.
+        real, state = other._real[index], other._state[header:].view(3, -1)[:, index]
+        self._real.copy_(real)
+        self._state[header:].view(3, -1).copy_(state)
         self._state[:header].copy_(other._state[:header])
         self._columns = other.n_columns if other._may_be_replayed else other._columns
 
@@ -413,7 +417,10 @@ def decode(
     ------
     TypeError, ValueError
         An argument does not fit, or the cache is full; the cache is as it was. A compiled or
-        replayed step does not know that the cache is full: see `LayerCache.check`.
+        replayed step does not know that the cache is full: see `LayerCache.check`. Rows need shared
+        memory: on an H100 up to about 11,000 of them fit.
+    RuntimeError
+        CUDA refused a launch.
 
     Notes
     -----

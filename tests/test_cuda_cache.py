@@ -135,6 +135,53 @@ def test_replayed_steps_equal_eager(compiled):
     assert_equal_contents(contents(cache), contents(eager))
 
 
+def test_steps_of_one_layer_that_follow_each_other():
+    """A step makes its plan while the one before advances the lengths, also into a new page.
+
+    Heads of a row are planned by several warps.
+    """
+    from leank.cuda import decode
+
+    keep = random_keep(np.random.default_rng(3), 64, (0, 8, 24, 64, 16, 40, 0, 32, 64, 56))
+    n_steps = 20
+    eager, cache = (filled(length=250, n_rows=8, keep=keep) for _ in range(2))
+    steps = [column(cache, R=2, seed=i) for i in range(n_steps)]
+    decode(cache, *steps[0])
+    cache.crop(250)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [decode(cache, *step) for step in steps]
+    expected = []
+    for step in steps:
+        expected.append(decode(eager, *step))
+        torch.cuda.synchronize()
+    for _ in range(30):
+        graph.replay()
+        for out, told in zip(outs, expected, strict=True):
+            assert torch.equal(out, told)
+        assert_equal_contents(contents(cache), contents(eager))
+        cache.crop(250)
+
+
+def test_layers_that_follow_each_other_share_a_workspace():
+    from leank.cuda import decode
+
+    masks = [keep_of((128,)), keep_of((0, 8, 16, 24, 128, 40, 64, 56)), keep_of()]
+    caches = [filled(length=700 - 200 * i, keep=keep) for i, keep in enumerate(masks)]
+    inputs = [column(cache) for cache in caches]
+    alone = [decode(cache, *x) for cache, x in zip(caches, inputs, strict=True)]
+    for cache, length in zip(caches, (700, 500, 300), strict=True):
+        cache.crop(length)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [decode(cache, *x) for cache, x in zip(caches, inputs, strict=True)]
+    for _ in range(20):
+        graph.replay()
+        for out, told, cache, length in zip(outs, alone, caches, (700, 500, 300), strict=True):
+            assert torch.equal(out, told)
+            cache.crop(length)
+
+
 def test_the_host_knows_what_was_replayed():
     """append and crop go on from what replays have stored, also after a reset."""
     from leank.cuda import decode
@@ -206,6 +253,25 @@ def test_a_captured_step_goes_on_after_select():
     assert_equal_contents(contents(cache), contents(eager))
 
 
+def test_select_with_rows_of_a_narrow_type():
+    """More rows than the type of `rows` can count."""
+    cache = filled(length=5, n_rows=300, keep=np.ones((1, 64), bool))
+    told = cache.gather(7)
+    cache.select(np.full(300, 7, np.uint8))
+    for b in (0, 128, 255, 256, 299):
+        for x, y in zip(cache.gather(b), told, strict=True):
+            assert torch.equal(x, y)
+    assert len(set(cache._table[0, :, 0].tolist())) == 300
+
+
+def test_more_rows_than_shared_memory_has_room_for():
+    from leank.cuda import decode
+
+    cache = filled(length=1, n_rows=40_000, max_tokens=1, keep=np.ones((1, 64), bool))
+    with pytest.raises(ValueError, match="40000 rows, .* bytes of shared memory of a block"):
+        decode(cache, column(cache)[0])
+
+
 @pytest.mark.parametrize(
     "rows, error, message",
     [
@@ -244,14 +310,16 @@ def test_columns_beyond_the_limit_are_refused():
     assert_equal_contents(contents(cache), before)
 
 
-def test_a_replay_beyond_the_limit_writes_nothing_and_is_reported():
+@pytest.mark.parametrize("limit", [302, 320])
+def test_a_replay_beyond_the_limit_writes_nothing_and_is_reported(limit):
+    """At 320 a page ends as well: nothing beyond the tables is looked at."""
     from leank.cuda import decode
 
-    cache = filled(length=300, max_tokens=302)
+    cache = filled(length=limit - 2, max_tokens=limit)
     inputs = column(cache)
     graph = torch.cuda.CUDAGraph()
     decode(cache, *inputs)
-    cache.crop(300)
+    cache.crop(limit - 2)
     with torch.cuda.graph(graph):
         out = decode(cache, *inputs)
     for _ in range(2):
@@ -262,10 +330,10 @@ def test_a_replay_beyond_the_limit_writes_nothing_and_is_reported():
     graph.replay()
     assert torch.equal(cache.slab, slab)
     assert not out.any()
-    with pytest.raises(RuntimeError, match="went past max_tokens = 302"):
+    with pytest.raises(RuntimeError, match=f"went past max_tokens = {limit}"):
         cache.check()
-    assert cache.n_columns == 302
-    cache.crop(300)
+    assert cache.n_columns == limit
+    cache.crop(limit - 2)
     cache.check()
 
 

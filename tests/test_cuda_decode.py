@@ -184,6 +184,16 @@ def test_decode_equals_rule(name, dtype):
     run_steps(DEFAULT | CASES[name], len(name), dtype)
 
 
+def fixed_smem_bytes(case):
+    """Bytes that a block needs beside its ring: decode_smem::fixed_bytes in decode_shape.cuh."""
+    D, R, n_heads = case["D"], case["R"], len(case["widths"])
+    n_rows = len(case["steps"][0][1])
+    column_tiles, compute_warps = (1, 8) if R <= 8 else (2, 4)
+    q = 2 * 2 * (R + 2) * D + 4 * 2 * column_tiles * (D // 16) * 2 * 32
+    states = 4 * compute_warps * R * (2 + D + 4)
+    return q + 8 * 40 + 2 * 32 + states + 4 * (1 + 3 * n_rows + n_heads) + n_heads * D
+
+
 @pytest.mark.parametrize("n_blocks, n_stages", [(1, 6), (2, 2), (7, 3)])
 @pytest.mark.parametrize("name", ["long", "ragged", "turns", "many_rows", "R7", "R16", "D80"])
 def test_few_blocks_and_short_rings(monkeypatch, name, n_blocks, n_stages):
@@ -192,7 +202,7 @@ def test_few_blocks_and_short_rings(monkeypatch, name, n_blocks, n_stages):
     _cuda_ops.workspace(0)  # is kept, and has to be that of the real device
     info = dict(_cuda_ops._device_info(0))
     stage_bytes = 256 * case["D"]
-    fixed_bytes = 30_000  # what a block needs beside the ring in these cases, and less than a stage
+    fixed_bytes = fixed_smem_bytes(case)
     info |= {"n_blocks": n_blocks, "smem_bytes": fixed_bytes + n_stages * stage_bytes}
     assert info["smem_bytes"] <= _cuda_ops._device_info(0)["smem_bytes"]
     monkeypatch.setattr(_cuda_ops, "_device_info", lambda device: info)
