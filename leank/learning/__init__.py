@@ -1,0 +1,1 @@
+"""Learning a mask: ``leank.learn``."""
