@@ -86,6 +86,19 @@ def _attention(module, query, key, value, attention_mask, *, scaling, leank_run:
     return out.transpose(1, 2), None
 
 
+@contextlib.contextmanager
+def use_attention(layout: Layout, name: str) -> Iterator[None]:
+    """Let the model attend by the function that is registered under a name."""
+    before = [config._attn_implementation for config in layout.configs]
+    try:
+        for config in layout.configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in zip(layout.configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
 class SpanModel:
     """A causal language model that is not trained, and the window that a mask is learned for.
 
@@ -171,25 +184,13 @@ class SpanModel:
         n_context, n_span = batch.context.shape[1], batch.span.shape[1]
         columns = torch.arange(n_context, n_context + n_span, device=batch.span.device)
         run = _Run(dense, alpha, hidden, batch.start, self.window)
-        with self._attention():
+        with use_attention(self.layout, _NAME):
             return self.base(
                 input_ids=batch.span,
                 position_ids=columns - batch.start[:, None],
                 use_cache=False,
                 leank_run=run,
             ).last_hidden_state
-
-    @contextlib.contextmanager
-    def _attention(self) -> Iterator[None]:
-        configs = self.layout.configs
-        before = [config._attn_implementation for config in configs]
-        try:
-            for config in configs:
-                config._attn_implementation = _NAME
-            yield
-        finally:
-            for config, name in zip(configs, before, strict=True):
-                config._attn_implementation = name
 
 
 def loss_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
