@@ -1,4 +1,4 @@
-"""Float64 truth of the mixed attention of mask learning, as short loops over the formulas."""
+"""Float64 truth of the mixed attention of mask learning, formula by formula."""
 
 import numpy as np
 
@@ -30,14 +30,14 @@ def forward(q, k, v, alpha, *, n_context, sink, recent, scale, start=None, hidde
             g = h // (Hq // Hkv)
             attended = window if hidden is not None and hidden[g] else window | middle
             plain, pruned = q[b, h] @ k[b, g].T, (q[b, h] * alpha[g]) @ k[b, g].T
-            s = np.where(middle, pruned, plain) * dtype(scale)
-            for t in np.flatnonzero(attended.any(1)):
-                j = np.flatnonzero(attended[t])
-                top = s[t, j].max()
-                p = np.exp(s[t, j] - top)
-                lse[b, h, t] = top + np.log(p.sum())
-                A[b, h, t, j] = rounded(p) / p.sum()
-                o[b, h, t] = rounded(p) @ v[b, g, j] / p.sum()
+            s = np.where(attended, np.where(middle, pruned, plain) * dtype(scale), -np.inf)
+            t = attended.any(1)
+            top = s[t].max(1, keepdims=True)
+            p = np.exp(s[t] - top)
+            total = p.sum(1, keepdims=True)
+            lse[b, h, t] = (top + np.log(total))[:, 0]
+            A[b, h, t] = rounded(p) / total
+            o[b, h, t] = rounded(p) @ v[b, g] / total
     return o, lse, A
 
 
