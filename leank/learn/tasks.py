@@ -1,7 +1,7 @@
 """The kinds of task: what is hidden in a text, what is asked about it, and how answers are scored.
 
-A kind is a small function of a random generator. It makes a `Puzzle` of strings; leank/learn/data.py
-hides its needles in text and counts tokens. Wording comes from several templates per kind.
+A kind is a small function of a random generator. It makes a `Puzzle` of strings; data.py hides its
+needles in text and counts tokens. Wording comes from several templates per kind.
 """
 
 from __future__ import annotations
@@ -261,10 +261,10 @@ def check_kinds(kinds: Sequence[str]) -> None:
 def score(kind: str, answer: str, expected: Sequence[str]) -> float:
     """Score what a model said after the cue.
 
-    Needles: the share of expected values that are in the answer as whole words, case aside. Only the
-    first line counts, and no more of it than a correct answer and 40 characters, so that reciting
-    the text does not pay. Copies and continuations: the share of expected words before the first
-    wrong one. It does not punish a wrong value beside the right ones.
+    Needles: the share of expected values that are in the answer as whole words, case aside. Only
+    the first line counts, and no more of it than a correct answer and 40 characters, so that
+    reciting the text does not pay. Copies and continuations: the share of expected words before the
+    first wrong one. It does not punish a wrong value beside the right ones.
 
     Parameters
     ----------
@@ -312,6 +312,7 @@ def score(kind: str, answer: str, expected: Sequence[str]) -> float:
 
 def _facts(rng: np.random.Generator, n: int, n_asked: int) -> Puzzle:
     """Hide n facts of one wording and ask for the first ones."""
+    n_asked = min(n, n_asked)
     keys = _keys(rng, n)
     template, question, cue = _pick(
         rng,
