@@ -351,7 +351,13 @@ def _facts(rng: np.random.Generator, n: int, n_asked: int) -> Puzzle:
         cue = cue.format(what=what, key=keys[0])
     else:
         asked = ", ".join(keys[: n_asked - 1]) + f" and {keys[n_asked - 1]}"
-        question = f"What are the {what}s of the {asked}? Answer in this order."
+        question = _pick(
+            rng,
+            [
+                f"What are the {what}s of the {asked}? Answer in this order.",
+                f"Name the {what}s of the {asked}, in this order.",
+            ],
+        )
         cue = f"The {what}s of the {asked} are"
     return Puzzle(needles, question, cue, tuple(values[:n_asked]), ", ".join(values[:n_asked]))
 
