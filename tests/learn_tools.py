@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from leank.learning.span import Batch
+from leank.learning.data import Batch
 
 from .tiny_models import VOCAB
 
@@ -34,16 +34,16 @@ def eager_mixed(
 
 
 def make_batch(lengths=(40, 12, 25), n_span=7, seed=0):
-    """Return left-padded contexts of these lengths, spans, and labels of 0 and 1."""
+    """Return left-padded contexts of these lengths, spans, and weights of 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     n_context = max(lengths)
     context = torch.randint(3, VOCAB, (len(lengths), n_context), generator=generator)
     start = n_context - torch.tensor(lengths)
     context[torch.arange(n_context) < start[:, None]] = 0
     span = torch.randint(3, VOCAB, (len(lengths), n_span), generator=generator)
-    labels = (torch.rand(len(lengths), n_span, generator=generator) < 0.6).float()
-    labels[:, -1] = 1
-    return Batch(context, span, start, labels)
+    weights = (torch.rand(len(lengths), n_span, generator=generator) < 0.6).float()
+    weights[:, -1] = 1
+    return Batch(context, span, start, weights)
 
 
 def random_alpha(seed=0, shape=(3, 2, 16)):

@@ -85,12 +85,12 @@ def test_gradient_is_that_of_plain_pytorch(monkeypatch, with_hidden):
         assert not results[0][1][hidden].any()
 
 
-def test_only_labelled_tokens_count():
+def test_only_tokens_with_a_weight_count():
     batch, model = make_batch(), model_of()
     dense = model.dense(batch)
     out = dense.target + 1
     assert float(loss_of(out, dense, batch)) == pytest.approx(1)
-    out = torch.where(batch.labels[..., None] == 0, dense.target + 1e3, dense.target + 2)
+    out = torch.where(batch.weights[..., None] == 0, dense.target + 1e3, dense.target + 2)
     assert float(loss_of(out, dense, batch)) == pytest.approx(4, rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""leank.learn.mixed_attention: what autograd, torch.compile and checkpointing make of it."""
+"""leank.learning.mixed_attention: what autograd, torch.compile and checkpointing make of it."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from leank.learn import mixed_attention  # noqa: E402
+from leank.learning import mixed_attention  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -159,7 +159,7 @@ def test_threads_do_not_matter():
 
 def test_the_operators_of_the_cuda_side_fit_beside():
     """A namespace has one library of kind DEF per process: that of leank/_cuda_ops.py."""
-    code = "import leank.learn, torch; torch.library.Library('leank', 'DEF')"
+    code = "import leank.learning, torch; torch.library.Library('leank', 'DEF')"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -128,7 +128,7 @@ def test_divergence_stops_with_the_best_mask_so_far():
     def bad_at_the_end(i):
         batch = batches(i)
         if i == 11:
-            batch.labels[:] = torch.nan
+            batch.weights[:] = torch.nan
         return batch
 
     one, whole = learner(batches=bad_at_the_end), learner()

@@ -14,30 +14,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from leank.learning.data import Batch
 from leank.learning.ops import mixed_attention
 from leank.models import Layout, inspect_model
 
 _NAME = "leank_learn"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Left-padded samples; every span token is a real one.
-
-    Attributes
-    ----------
-    context : int64 [B, Lc]
-    span : int64 [B, T]
-    start : int64 [B]
-        First column of `context` that is a token of the row.
-    labels : float32 [B, T]
-        Weight of each span token in the loss; 0 where it does not count.
-    """
-
-    context: torch.Tensor
-    span: torch.Tensor
-    start: torch.Tensor
-    labels: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -194,9 +175,9 @@ class SpanModel:
 
 
 def loss_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
-    """Return the mean over labelled tokens and hidden units of (h - h')^2.
+    """Return the mean over hidden units and, weighted, over tokens of (h - h')^2.
 
     Source: LeanK, arXiv 2508.02215, section 3.2.
     """
     error = (out.float() - dense.target.float()).square().mean(-1)
-    return (error * batch.labels).sum() / batch.labels.sum()
+    return (error * batch.weights).sum() / batch.weights.sum()

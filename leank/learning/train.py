@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from leank import _C
-from leank.learning.span import Batch, SpanModel, loss_of
+from leank.learning.data import Batch
+from leank.learning.span import SpanModel, loss_of
 
 
 class DivergedError(Exception):
