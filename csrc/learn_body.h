@@ -101,8 +101,8 @@ LK_NOINLINE void pack(lk_dtype dtype, const unsigned char *from, int64_t n, floa
     else pack_vector(LK_F16, from, n, to);
 }
 
-/* K or V of consecutive columns, from the context and then from the span. Products read whole groups of columns: the
- * keys that fill up the last one are 0. */
+/* K or V of consecutive columns, from the context and then from the span. Products read whole groups of columns; what
+ * comes of keys past n_keys is not used. */
 static void pack_keys(const lk_learn_job *job, const void *context, int64_t context_stride,
                       const void *span, int64_t span_stride, int32_t n, int64_t first,
                       int32_t n_keys, float *to) {
@@ -115,8 +115,6 @@ static void pack_keys(const lk_learn_job *job, const void *context, int64_t cont
                   : (const unsigned char *)span + t * span_stride * bytes;
         pack(job->dtype, from, n, to + j * stride);
     }
-    const int32_t n_filled = (n_keys + COLUMNS - 1) / COLUMNS * COLUMNS;
-    memset(to + n_keys * stride, 0, (size_t)((n_filled - n_keys) * stride) * sizeof *to);
 }
 
 /* Rows [first, first + ROWS) of q or do; 0 for padding columns, whatever the array holds there, and past the end. */

@@ -3,6 +3,11 @@
 import numpy as np
 
 
+def dot(x, y):
+    """Matrix product by one thread: those of a BLAS wait for each other where cores are busy."""
+    return np.einsum("ij,jk->ik", x, y)
+
+
 def kinds(n_context, n_columns, start, sink, recent):
     """Return (window, middle) bool [T, L] of one row: which pairs are of which kind."""
     query = np.arange(n_context, n_context + n_columns)[:, None]
@@ -29,7 +34,7 @@ def forward(q, k, v, alpha, *, n_context, sink, recent, scale, start=None, hidde
         for h in range(Hq):
             g = h // (Hq // Hkv)
             attended = window if hidden is not None and hidden[g] else window | middle
-            plain, pruned = q[b, h] @ k[b, g].T, (q[b, h] * alpha[g]) @ k[b, g].T
+            plain, pruned = dot(q[b, h], k[b, g].T), dot(q[b, h] * alpha[g], k[b, g].T)
             s = np.where(attended, np.where(middle, pruned, plain) * dtype(scale), -np.inf)
             t = attended.any(1)
             top = s[t].max(1, keepdims=True)
@@ -37,7 +42,7 @@ def forward(q, k, v, alpha, *, n_context, sink, recent, scale, start=None, hidde
             total = p.sum(1, keepdims=True)
             lse[b, h, t] = (top + np.log(total))[:, 0]
             A[b, h, t] = rounded(p) / total
-            o[b, h, t] = rounded(p) @ v[b, g] / total
+            o[b, h, t] = dot(rounded(p), v[b, g]) / total
     return o, lse, A
 
 
@@ -53,11 +58,11 @@ def backward(d_o, o, A, q, k, v, alpha, *, n_context, sink, recent, scale, start
         for h in range(Hq):
             g = h // (Hq // Hkv)
             delta = (d_o[b, h] * o[b, h]).sum(1)
-            dS = A[b, h] * (d_o[b, h] @ v[b, g].T - delta[:, None])
+            dS = A[b, h] * (dot(d_o[b, h], v[b, g].T) - delta[:, None])
             on_window, on_middle = np.where(middle, 0, dS), np.where(middle, dS, 0)
-            middle_k = on_middle @ k[b, g]
-            dq[b, h] = scale * (on_window @ k[b, g] + alpha[g] * middle_k)
+            middle_k = dot(on_middle, k[b, g])
+            dq[b, h] = scale * (dot(on_window, k[b, g]) + alpha[g] * middle_k)
             dalpha[g] += scale * (q[b, h] * middle_k).sum(0)
-            dk[b, g] += scale * (on_window.T @ q[b, h] + alpha[g] * (on_middle.T @ q[b, h]))
-            dv[b, g] += A[b, h].T @ d_o[b, h]
+            dk[b, g] += scale * (dot(on_window.T, q[b, h]) + alpha[g] * dot(on_middle.T, q[b, h]))
+            dv[b, g] += dot(A[b, h].T, d_o[b, h])
     return dq, dk[:, :, n_context:], dv[:, :, n_context:], dalpha

@@ -43,6 +43,7 @@ CASES = {
     "window_no_sink": {"window": (0, 40)},
     "window_of_blocks": {"window": (64, 64)},
     "window_of_everything": {"window": (2**40, 2**59)},
+    "recent_times_R_is_2_to_64": {"window": (0, 2**59), "R": 32, "heads": 1, "T": 5},
     "window_recent_beyond": {"window": (0, 10**9)},
     "ragged": {"start": (0, 3, 199, 200, 201, 220, 239, 240), "T": 40, "R": 1},
     "ragged_long_span": {"start": (0, 70, 129), "Lc": 10, "T": 120, "R": 3},
@@ -242,6 +243,11 @@ def test_padding_in_the_span_is_not_read(dtype, isa):
         x[0, :, :30] = encode(np.nan, dtype)
         x[2] = encode(np.nan, dtype)
     assert_same(run(arrays, d_o, options), clean)
+    o = clean["o"].copy()
+    o[0, :, :30] = o[2] = encode(np.nan, dtype)
+    inputs = [arrays[name] for name in NAMES]
+    gradients = _C.learn_backward(d_o, o, clean["lse"], *inputs, **options)
+    assert_same({**clean, **dict(zip(OUTPUTS[2:], gradients, strict=True))}, clean)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
