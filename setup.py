@@ -25,9 +25,9 @@ WARNINGS = ["-Wall", "-Wextra"]
 LANGUAGE = ["-std=c11", "-fvisibility=hidden"]
 X86_V4 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 
-# Variant of csrc/decode_<name>.c: its flags, and a file that compiles where it can be built, so
-# that an old compiler loses a variant and not the build. Only that file gets the flags. It and
-# dispatch.c get the macro LK_BUILD_<NAME>; without the macro the file compiles to nothing.
+# Variant of csrc/decode_<name>.c and learn_<name>.c: its flags, and a file that compiles where it
+# can be built, so that an old compiler loses a variant and not the build. Only those files get the
+# flags. They and dispatch.c get the macro LK_BUILD_<NAME>; without it they compile to nothing.
 ISAS = {
     "avx2": (
         ["-mavx2", "-mfma", "-mf16c"],
@@ -85,8 +85,8 @@ def source_flags(source, isas):
     stem = Path(source).stem
     if stem == "dispatch":
         return [f"-DLK_BUILD_{name.upper()}=1" for name in isas]
-    name = stem.removeprefix("decode_")
-    if name != stem and name in isas:
+    operation, _, name = stem.partition("_")
+    if operation in ("decode", "learn") and name in isas:
         return [f"-DLK_BUILD_{name.upper()}=1", *ISAS[name][0]]
     return []
 

@@ -20,8 +20,6 @@
 /* Work (elements of K and V times column groups) below which waking threads costs more than it brings. */
 #define ONE_THREAD_WORK 65536.0
 
-#define LOG2_E 1.44269504088896340736
-
 /* Pages [0, sink_pages) and [tail_page, n_pages) have something to attend to. */
 typedef struct {
     int64_t row, first_col;
@@ -100,7 +98,7 @@ static int64_t state_head_floats(const plan *p) { return lk_ceil_div(2 * p->bloc
 static lk_status check_args(const lk_decode_args *args) {
     LK_CHECK(args && args->cache && args->q && args->o, LK_E_VALUE);
     const lk_cache *cache = args->cache;
-    LK_CHECK(isfinite((float)((double)args->scale * LOG2_E)), LK_E_VALUE);
+    LK_CHECK(isfinite((float)((double)args->scale * LK_LOG2_E)), LK_E_VALUE);
     LK_CHECK(args->n_q_heads > 0 && args->n_q_heads % cache->geom->n_heads == 0, LK_E_SHAPE);
     LK_CHECK(cache->n_columns > 0, LK_E_STATE);
     LK_CHECK(args->n_columns >= 1 && args->n_columns <= cache->n_columns, LK_E_SHAPE);
@@ -320,7 +318,7 @@ static void run_item(const plan *p, const item *i, int64_t before, unsigned char
                   .page_end = i->page_end,
                   .n_cols = u->n_cols,
                   .q_is_packed = before >= 0 && p->items[before].unit == i->unit,
-                  .scale_log2 = (float)((double)args->scale * LOG2_E),
+                  .scale_log2 = (float)((double)args->scale * LK_LOG2_E),
                   .m = state,
                   .l = state + p->block_cols,
                   .o = state + state_head_floats(p)};

@@ -6,7 +6,7 @@
 #define LK_ISA avx512
 #define LK_BF16_DOT 0
 
-#include "decode_avx512.h"
+#include "lk_vec_avx512.h"
 
 #include "decode_body.h"
 

@@ -8,7 +8,7 @@
 #define LK_ISA avx512bf16
 #define LK_BF16_DOT 1
 
-#include "decode_avx512.h"
+#include "lk_vec_avx512.h"
 
 static inline lk_vec v_dot(lk_vec sum, lk_vec a, lk_vec b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);

@@ -1,9 +1,7 @@
 /* decode_body.h: attention of one lk_job, written once over a few vector operations.
  *
- * Included by each decode_<isa>.c after it has defined
- *   LK_ISA, LK_LANES (floats in a vector), LK_VECS (vectors of a column that a kernel keeps in registers),
- *   LK_BF16_DOT (1: bf16 pairs go to a dot instruction, and no other dtype is compiled; 0: they are widened), and
- *   lk_vec and the v_ operations on it (decode_scalar.c has the plainest set).
+ * Included by each decode_<isa>.c after it has included lk_vec_<isa>.h (lk_vec.h says what that defines) and defined
+ * LK_ISA and LK_BF16_DOT (1: bf16 pairs go to a dot instruction, and no other dtype is compiled; 0: they are widened).
  *
  * Both halves of attention are the same product y[c] += sum over rows r of w[c][r] * x[r]: for logits x is a K
  * block (rows are channels, elements are tokens, w is q), for the output x is a V block (rows are tokens,

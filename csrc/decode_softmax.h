@@ -1,14 +1,6 @@
 /* decode_softmax.h: what a query column sees of a tile, and its logits -> probabilities. Part of decode_body.h. */
 #include "lk_internal.h"
-#include "lk_softmax.h"
-
-#define LK_INLINE static inline __attribute__((always_inline))
-#define LK_NOINLINE static __attribute__((noinline))
-#if defined(__clang__)
-#define LK_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define LK_UNROLL _Pragma("GCC unroll 8")
-#endif
+#include "lk_vec.h"
 
 /* ------------------------------------------------------------------------------------- what is visible */
 
@@ -33,19 +25,6 @@ LK_INLINE lk_view view_of(const lk_job *job, int32_t c, int64_t first) {
 }
 
 /* ----------------------------------------------------------------------------------------------- softmax */
-
-/* 2^x for x <= 0, the steps of lk_exp2. */
-LK_INLINE lk_vec v_exp2(lk_vec x) {
-    const lk_vec shifted = v_add(x, v_set1(LK_EXP2_ROUND));
-    const lk_vec f = v_sub(x, v_sub(shifted, v_set1(LK_EXP2_ROUND)));
-    lk_vec p = v_fma(f, v_set1(LK_EXP2_C6), v_set1(LK_EXP2_C5));
-    p = v_fma(f, p, v_set1(LK_EXP2_C4));
-    p = v_fma(f, p, v_set1(LK_EXP2_C3));
-    p = v_fma(f, p, v_set1(LK_EXP2_C2));
-    p = v_fma(f, p, v_set1(LK_EXP2_C1));
-    p = v_fma(f, p, v_set1(1.0f));
-    return v_zero_below(x, LK_EXP2_MIN, v_mul(p, v_pow2_shifted(shifted)));
-}
 
 /* Logits of one column as they count: scaled, and -inf where it sees nothing. Unused slots hold anything, NaN too.
  * kept: over the kept channels    logits: in over all channels (unused if the column has no window here), out */

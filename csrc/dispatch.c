@@ -1,6 +1,6 @@
 /* dispatch.c: which instruction set variant runs. A variant counts as available when the CPU has the
  * instructions and the operating system saves the registers; both are asked. */
-#include "lk_internal.h"
+#include "lk_learn.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -60,25 +60,33 @@ static unsigned detect_cpu(void) { return 0; }
 
 #endif
 
+#define LEARN(isa)                                                                                 \
+    {lk_learn_forward_##isa, lk_learn_backward_rows_##isa, lk_learn_backward_keys_##isa}
+
 /* What was built, best first but for variant_at. need: CPU bits, all of them. */
 static const struct {
     lk_isa_table table;
     unsigned need;
 } variants[] = {
 #ifdef LK_BUILD_AVX512
-    {{"avx512", {lk_decode_f32_avx512, lk_decode_bf16_avx512, lk_decode_f16_avx512}}, CPU_AVX512},
+    {{"avx512", {lk_decode_f32_avx512, lk_decode_bf16_avx512, lk_decode_f16_avx512}, LEARN(avx512)},
+     CPU_AVX512},
 #endif
 #if defined(LK_BUILD_AVX512) && defined(LK_BUILD_AVX512BF16)
-    {{"avx512bf16", {lk_decode_f32_avx512, lk_decode_bf16_avx512bf16, lk_decode_f16_avx512}},
+    {{"avx512bf16",
+      {lk_decode_f32_avx512, lk_decode_bf16_avx512bf16, lk_decode_f16_avx512},
+      LEARN(avx512)},
      CPU_AVX512 | CPU_AVX512BF16},
 #endif
 #ifdef LK_BUILD_AVX2
-    {{"avx2", {lk_decode_f32_avx2, lk_decode_bf16_avx2, lk_decode_f16_avx2}}, CPU_AVX2},
+    {{"avx2", {lk_decode_f32_avx2, lk_decode_bf16_avx2, lk_decode_f16_avx2}, LEARN(avx2)},
+     CPU_AVX2},
 #endif
 #ifdef LK_BUILD_NEON
-    {{"neon", {lk_decode_f32_neon, lk_decode_bf16_neon, lk_decode_f16_neon}}, 0},
+    {{"neon", {lk_decode_f32_neon, lk_decode_bf16_neon, lk_decode_f16_neon}, LEARN(neon)}, 0},
 #endif
-    {{"scalar", {lk_decode_f32_scalar, lk_decode_bf16_scalar, lk_decode_f16_scalar}}, 0},
+    {{"scalar", {lk_decode_f32_scalar, lk_decode_bf16_scalar, lk_decode_f16_scalar}, LEARN(scalar)},
+     0},
 };
 
 enum { N_VARIANTS = sizeof variants / sizeof variants[0] };

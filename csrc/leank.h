@@ -2,7 +2,7 @@
  *
  * LeanK keeps a static set of K channels per KV head and drops the rest of the K cache, except in a
  * window of `sink` first and `recent` last tokens (arXiv 2508.02215). This library stores such a
- * cache in pages, and attends to it.
+ * cache in pages, attends to it, and has the attention by which the channels are learned.
  *
  * Letters (the same in C, Python, tests and prose): B rows (batch), T new columns of a call, L cached
  * tokens, Hq query heads (index h), Hkv KV heads (index g), R = Hq/Hkv, D head dim, Dk[g] kept
@@ -206,6 +206,60 @@ lk_status lk_decode(const lk_decode_args *args);
 /* put, lk_decode, settle: one step of one layer. On any error the cache is as it was. args->cache is `cache`, and
  * args->n_columns is span->n_columns. */
 lk_status lk_attend(lk_cache *cache, const lk_span *span, const lk_decode_args *args);
+
+/* ------------------------------------------------------------------------------- mask learning (learn.c) */
+
+/* The mixed attention by which a mask is learned: middle keys count with a factor alpha per KV head and channel.
+ *   s_tj = scale * sum_c a_c q_tc k_jc,  a = 1 on window keys, alpha[g] on middle keys   A = softmax(s)   o = A v
+ * The queries are the T columns of a span that follows a context of Lc columns; L = Lc + T. Rows are padded on the left:
+ * columns before start[b] are no tokens, column j has position j - start[b]. A query at position p sees the keys at
+ * positions up to p; of these, position < sink or p - position < recent is window, the others are middle. */
+
+/* [B, H, n, D or Dv] in the call's dtype, last axis contiguous; stride in elements: b, h, column. */
+typedef struct {
+    const void *data;
+    int64_t stride[3];
+} lk_strided;
+
+typedef struct {
+    lk_dtype dtype;
+    int64_t n_rows, n_q_heads, n_heads; /* B, Hq, a multiple of Hkv, Hkv */
+    int64_t n_context, n_columns;       /* Lc >= 0, T >= 1 */
+    int32_t head_dim, v_dim;            /* D, Dv: any size up to LK_MAX_HEAD_DIM */
+    int64_t sink, recent;               /* S0 >= 0, W >= 1 */
+    float scale;
+    lk_strided q;                    /* [B, Hq, T, D] */
+    lk_strided k_context, v_context; /* [B, Hkv, Lc, D or Dv]; not read if Lc = 0 */
+    lk_strided k, v;                 /* [B, Hkv, T, D or Dv] */
+    const float *alpha;              /* [Hkv, D] contiguous */
+    const int64_t *start;            /* [B] in [0, L]; NULL = 0 */
+    const uint8_t
+        *hidden;   /* [Hkv] non-zero: the head attends to no middle key at all; NULL = none */
+    int n_threads; /* <= 0: what OpenMP would use */
+} lk_learn_args;
+
+/* lk_learn_forward: o [B, Hq, T, Dv] in the call's dtype and lse [B, Hq, T] natural log, contiguous, written in full.
+ * A query column that is padding gets o = 0, lse = -inf. f32 accumulation; two runs agree bit for bit, whatever n_threads
+ * is. What padding columns hold is not read. K and V of tokens must be finite: 0 * inf reaches earlier queries too.
+ * Scratch: per thread 64 * (6 D + 4 Dv + 197) floats about; no array of size T x L. Reentrant.
+ * LK_E_SHAPE, LK_E_VALUE, LK_E_NOMEM, LK_E_ISA: nothing was written.
+ * Truth: tests/reference_learn.py. Source: LeanK section 3; online softmax, Milakov 2018. */
+lk_status lk_learn_forward(const lk_learn_args *args, void *o, float *lse);
+
+typedef struct {
+    lk_strided d_o, o;  /* [B, Hq, T, Dv]: gradient of o, and o as the forward gave it */
+    const float *lse;   /* [B, Hq, T] contiguous, as the forward gave it */
+    void *dq, *dk, *dv; /* out: like q, k, v of the span, in the call's dtype, contiguous */
+    float *dalpha;      /* out [Hkv, D] */
+} lk_learn_grads;
+
+/* lk_learn_backward: with dA = do v^T and dS = A * (dA - rowsum(do * o)),
+ *   dq_tc = scale * sum_j dS_tj a_c k_jc    dk_jc = scale * sum_t,r dS_tj a_c q_tc    dv_j = sum_t,r A_tj do_t
+ *   dalpha_c = scale * sum over b, t, r and middle keys j of dS_tj q_tc k_jc
+ * A is computed anew from lse. The context has no gradient, nor has padding; outputs are written in full. dalpha: f32
+ * sums over the keys of one query row, double over the rest, in an order that depends on sizes alone. Otherwise as the
+ * forward. */
+lk_status lk_learn_backward(const lk_learn_args *args, const lk_learn_grads *grads);
 
 /* ----------------------------------------------------------------------------------- threads (threads.c) */
 

@@ -207,16 +207,24 @@ typedef struct {
 
 typedef void (*lk_job_fn)(const lk_job *job);
 
+struct lk_learn_job;
+typedef void (*lk_learn_fn)(const struct lk_learn_job *job);
+
+typedef struct {
+    lk_learn_fn forward, backward_rows, backward_keys;
+} lk_learn_kernels;
+
 typedef struct {
     const char *name;
-    lk_job_fn decode[3]; /* by lk_dtype */
+    lk_job_fn decode[3];    /* by lk_dtype */
+    lk_learn_kernels learn; /* lk_learn.h */
 } lk_isa_table;
 
 /* The table in use; NULL when LEANK_ISA names something that cannot run. */
 const lk_isa_table *lk_dispatch(void);
 
 /* Which of these exist besides scalar is up to the build: LK_BUILD_AVX2, LK_BUILD_AVX512, LK_BUILD_AVX512BF16,
- * LK_BUILD_NEON are defined where decode_<isa>.c got its compiler flags. */
+ * LK_BUILD_NEON are defined where decode_<isa>.c and learn_<isa>.c got their compiler flags. */
 #define LK_DECLARE_DECODE(isa)                                                                     \
     void lk_decode_f32_##isa(const lk_job *job);                                                   \
     void lk_decode_bf16_##isa(const lk_job *job);                                                  \

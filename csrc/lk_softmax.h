@@ -10,6 +10,8 @@
 
 #include <math.h>
 
+#define LK_LOG2_E 1.44269504088896340736
+
 /* 2^f = 1 + f (c1 + f (c2 + ...)) on [-1/2, 1/2]: smallest relative error with p(0) = 1, by iterated weighted
  * least squares (Lawson) on 4001 Chebyshev points in float64, coefficients rounded to f32 afterwards.
  * Largest relative error of lk_exp2 on [-126, 0]: 1.03e-7 (rounding included). */

@@ -115,6 +115,12 @@ const void *py_check_contiguous(PyObject *object, const char *name, int type_num
     return PyArray_DATA(array);
 }
 
+bool py_is_missing(long long value, const char *name) {
+    if (value == PY_MISSING)
+        PyErr_Format(PyExc_TypeError, "missing required keyword argument: '%s'", name);
+    return value == PY_MISSING;
+}
+
 bool py_check_least(long long value, long long least, const char *name) {
     if (value >= least && value < INT64_MAX / 8) return true;
     PyErr_Format(PyExc_ValueError, "%s: expected at least %lld and less than 2**60, got %lld", name,

@@ -32,6 +32,11 @@ typedef struct {
 
 #define PY_ANY (-1) /* a size that is not checked */
 
+/* Keyword-only arguments that must be given: the argument parser knows none, so they start as this. */
+#define PY_MISSING LLONG_MIN
+/* True with an exception. */
+bool py_is_missing(long long value, const char *name);
+
 /* Check an array without copying: type, element type, axes, sizes (PY_ANY: any), aligned, last axis contiguous,
  * other strides whole elements. Returns it borrowed, or NULL with an exception that names the argument. */
 PyArrayObject *py_check_array(PyObject *object, const char *name, int type_num, int n_axes,
@@ -68,6 +73,8 @@ PyObject *py_memory_dict(const lk_memory *memory);
 extern PyType_Spec py_layer_cache_spec;
 PyObject *py_predict_memory(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *py_learn_forward(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *py_learn_backward(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *py_select_channels(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *py_check_mask(PyObject *module, PyObject *args, PyObject *kwargs);
 

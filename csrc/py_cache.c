@@ -40,25 +40,17 @@ static PyObject *wrap(PyTypeObject *type, lk_cache *cache, const lk_config *conf
     return (PyObject *)self;
 }
 
-/* Keyword-only arguments that must be given: the argument parser knows none, so they start as this. */
-#define MISSING LLONG_MIN
-
-static bool is_missing(long long value, const char *name) {
-    if (value == MISSING)
-        PyErr_Format(PyExc_TypeError, "missing required keyword argument: '%s'", name);
-    return value == MISSING;
-}
-
 static PyObject *layer_cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"keep",  "n_rows", "sink",       "recent",   "slack",
                             "dtype", "v_dim",  "max_tokens", "max_call", NULL};
     PyObject *keep, *dtype = NULL, *v_dim = NULL, *max_tokens_arg = NULL;
-    long long n_rows = MISSING, sink = MISSING, recent = MISSING, slack = 64, max_call = 1;
+    long long n_rows = PY_MISSING, sink = PY_MISSING, recent = PY_MISSING, slack = 64, max_call = 1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$LLLLOOOL:LayerCache", names, &keep, &n_rows,
                                      &sink, &recent, &slack, &dtype, &v_dim, &max_tokens_arg,
                                      &max_call))
         return NULL;
-    if (is_missing(n_rows, "n_rows") || is_missing(sink, "sink") || is_missing(recent, "recent"))
+    if (py_is_missing(n_rows, "n_rows") || py_is_missing(sink, "sink") ||
+        py_is_missing(recent, "recent"))
         return NULL;
     lk_config config;
     int64_t max_tokens;
@@ -374,12 +366,12 @@ PyObject *py_predict_memory(PyObject *module, PyObject *args, PyObject *kwargs) 
     static char *names[] = {"keep",  "lengths", "sink",       "recent",   "slack",
                             "dtype", "v_dim",   "max_tokens", "max_call", NULL};
     PyObject *keep, *lengths_arg, *dtype = NULL, *v_dim = NULL, *max_tokens_arg = NULL;
-    long long sink = MISSING, recent = MISSING, slack = 64, max_call = 1;
+    long long sink = PY_MISSING, recent = PY_MISSING, slack = 64, max_call = 1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$LLLOOOL:predict_memory", names, &keep,
                                      &lengths_arg, &sink, &recent, &slack, &dtype, &v_dim,
                                      &max_tokens_arg, &max_call))
         return NULL;
-    if (is_missing(sink, "sink") || is_missing(recent, "recent")) return NULL;
+    if (py_is_missing(sink, "sink") || py_is_missing(recent, "recent")) return NULL;
     lk_config config;
     int64_t max_tokens;
     if (!py_parse_config(keep, dtype, v_dim, sink, recent, slack, &config)) return NULL;

@@ -92,6 +92,30 @@ static PyMethodDef methods[] = {
      "MemoryError : an allocation failed; the cache is as it was\n"
      "RuntimeError : another thread uses the cache\n\n"
      "Source: LeanK, arXiv 2508.02215, section 3."},
+    {"learn_forward", (PyCFunction)(void (*)(void))py_learn_forward, METH_VARARGS | METH_KEYWORDS,
+     "learn_forward(q, k_context, v_context, k, v, alpha, *, sink, recent, scale, start=None, hidden=None, "
+     "n_threads=0)\n--\n\n"
+     "Attend by the mixed rule of mask learning: middle keys count with alpha.\n\n"
+     "Parameters\n----------\n"
+     "q : array [B, Hq, T, D], float32, float16, or uint16 with the bits of bfloat16\n"
+     "k_context, v_context : arrays [B, Hkv, Lc, D] and [B, Hkv, Lc, Dv] of what comes before the span\n"
+     "k, v : arrays [B, Hkv, T, D] and [B, Hkv, T, Dv] of the span\n"
+     "alpha : float32 array [Hkv, D], C-contiguous\n"
+     "sink, recent, scale : the window and the factor of the logits\n"
+     "start : int64 array [B], columns before it are padding; None: there is none\n"
+     "hidden : bool array [Hkv], True where a head attends to no middle key; None: nowhere\n"
+     "n_threads : int, 0: what OpenMP would use\n\n"
+     "Returns\n-------\n"
+     "o : array [B, Hq, T, Dv], 0 for padding columns\n"
+     "lse : float32 array [B, Hq, T], -inf for padding columns\n\n"
+     "Raises\n------\n"
+     "TypeError, ValueError : an argument does not fit\n"
+     "MemoryError : an allocation failed\n\n"
+     "Source: LeanK, arXiv 2508.02215, section 3."},
+    {"learn_backward", (PyCFunction)(void (*)(void))py_learn_backward, METH_VARARGS | METH_KEYWORDS,
+     "learn_backward(d_o, o, lse, q, k_context, v_context, k, v, alpha, *, sink, recent, scale, start=None, "
+     "hidden=None, n_threads=0)\n--\n\n"
+     "Return (dq, dk, dv, dalpha) for the gradient d_o of o; o and lse are what learn_forward returned."},
     {"predict_memory", (PyCFunction)(void (*)(void))py_predict_memory, METH_VARARGS | METH_KEYWORDS,
      "predict_memory(keep, lengths, *, sink, recent, slack=64, dtype='float32', v_dim=None, max_tokens=None, "
      "max_call=1)\n--\n\nReturn what LayerCache.memory() will report for rows of these lengths (int64 array)."},

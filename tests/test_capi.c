@@ -4,7 +4,7 @@
  *   test_capi vectors FILE [VARIANT...]   the cases that tests/capi/neon.py wrote, on each variant
  *
  * Built by tests/capi/build.py. The error bounds here are coarse; tests/compare.py has the budget. */
-#include "capi/naive.h"
+#include "capi/learn.h"
 
 static const double tolerance[] = {[LK_F32] = 4e-5, [LK_BF16] = 6e-2, [LK_F16] = 8e-3};
 static int64_t n_compared;
@@ -479,6 +479,7 @@ int main(int argc, char **argv) {
         test_failing_allocations(&config);
         test_errors(&config);
         test_unsettled(&config);
+        n_compared += test_learn(config.dtype, tolerance[config.dtype]);
     }
     const char *name;
     int available;

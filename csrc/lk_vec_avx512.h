@@ -1,6 +1,6 @@
-/* decode_avx512.h: the operations of decode_body.h for AVX-512 (F, BW, DQ, VL), with or without BF16. */
-#ifndef LK_DECODE_AVX512_H
-#define LK_DECODE_AVX512_H
+/* lk_vec_avx512.h: the vector operations for AVX-512 (F, BW, DQ, VL), with or without BF16. */
+#ifndef LK_VEC_AVX512_H
+#define LK_VEC_AVX512_H
 
 #include <immintrin.h>
 

@@ -1,0 +1,183 @@
+"""A frozen model over a context and a span: once densely, once with factors on its middle keys.
+
+The dense run gives the hidden states that are to be matched, and the K and V of the context, which
+every other run of the same sample uses without a gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+
+from leank.learning.data import Batch
+from leank.learning.ops import mixed_attention
+from leank.models import Layout, inspect_model
+
+_NAME = "leank_learn"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What the dense run of a batch leaves.
+
+    Attributes
+    ----------
+    target : tensor [B, T, hidden]
+        Last hidden states of the span.
+    keys, values : lists of N tensors [B, Hkv, Lc, D]
+        Of the context, after rotary embedding.
+    """
+
+    target: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the attention of each layer needs to know of a run."""
+
+    dense: Dense
+    alpha: torch.Tensor
+    hidden: torch.Tensor | None
+    start: torch.Tensor
+    window: dict[str, int]
+
+
+def _attention(module, query, key, value, attention_mask, *, scaling, leank_run: _Run, **kwargs):
+    """Attention of one layer, as transformers calls it; returns [B, T, Hq, D]."""
+    i, run = module.layer_idx, leank_run
+    out = mixed_attention(
+        query,
+        run.dense.keys[i],
+        run.dense.values[i],
+        key,
+        value,
+        run.alpha[i],
+        scale=scaling,
+        start=run.start,
+        hidden=None if run.hidden is None else run.hidden[i],
+        **run.window,
+    )
+    return out.transpose(1, 2), None
+
+
+@contextlib.contextmanager
+def use_attention(layout: Layout, name: str) -> Iterator[None]:
+    """Let the model attend by the function that is registered under a name."""
+    before = [config._attn_implementation for config in layout.configs]
+    try:
+        for config in layout.configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in zip(layout.configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+class SpanModel:
+    """A causal language model that is not trained, and the window that a mask is learned for.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What `leank.patch` accepts; its weights get no gradient any more.
+    sink, recent : int
+        Tokens at the start and at the end that keep every channel.
+    chunk : int
+        Columns of the context that are prefilled at once, so that memory is linear in Lc.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `leank.patch`.
+    """
+
+    def __init__(self, model: nn.Module, *, sink: int, recent: int, chunk: int = 2048) -> None:
+        if chunk < 1:
+            raise ValueError(f"chunk: expected at least 1, got {chunk}")
+        self.layout: Layout = inspect_model(model)
+        self.window = {"sink": sink, "recent": recent}
+        self.chunk = chunk
+        self.base = model.model
+        self.base.requires_grad_(False)
+        AttentionInterface.register(_NAME, _attention)
+        # The op knows what is visible: no mask is made.
+        AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+
+    @torch.no_grad()
+    def dense(self, batch: Batch) -> Dense:
+        """Run densely over context and span."""
+        ids = torch.cat([batch.context, batch.span], 1)
+        n_context, n_columns = batch.context.shape[1], ids.shape[1]
+        columns = torch.arange(n_columns, device=ids.device)
+        mask = (columns >= batch.start[:, None]).long()
+        # A padding column has any position.
+        positions = (columns - batch.start[:, None]).clamp(min=0)
+        cache = DynamicCache()
+        # The span is a chunk of its own, so that the last one returns its states alone.
+        cuts = [*range(0, n_context, self.chunk), n_context, n_columns]
+        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+            if begin == end:
+                continue
+            out = self.base(
+                input_ids=ids[:, begin:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, begin:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return Dense(
+            out.last_hidden_state,
+            [layer.keys[:, :, :n_context] for layer in cache.layers],
+            [layer.values[:, :, :n_context] for layer in cache.layers],
+        )
+
+    def mixed(
+        self,
+        batch: Batch,
+        dense: Dense,
+        alpha: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run over the span, with middle keys multiplied by alpha.
+
+        Parameters
+        ----------
+        batch : Batch
+        dense : Dense
+            Of the same batch.
+        alpha : float32 [N, Hkv, D]
+            May require a gradient.
+        hidden : bool [N, Hkv], optional
+            Heads that attend to no middle key.
+
+        Returns
+        -------
+        tensor [B, T, hidden]
+            Last hidden states.
+        """
+        n_context, n_span = batch.context.shape[1], batch.span.shape[1]
+        columns = torch.arange(n_context, n_context + n_span, device=batch.span.device)
+        run = _Run(dense, alpha, hidden, batch.start, self.window)
+        with use_attention(self.layout, _NAME):
+            return self.base(
+                input_ids=batch.span,
+                position_ids=columns - batch.start[:, None],
+                use_cache=False,
+                leank_run=run,
+            ).last_hidden_state
+
+
+def loss_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
+    """Return the mean over hidden units and, weighted, over tokens of (h - h')^2.
+
+    Source: LeanK, arXiv 2508.02215, section 3.2.
+    """
+    error = (out.float() - dense.target.float()).square().mean(-1)
+    return (error * batch.weights).sum() / batch.weights.sum()

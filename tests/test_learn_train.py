@@ -1,0 +1,179 @@
+"""Learner: both stages, budgets, validation, resuming, divergence."""
+
+import doctest
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from leank.learning import train  # noqa: E402
+from leank.learning.span import SpanModel, loss_of  # noqa: E402
+from leank.learning.train import DivergedError, Learner, Settings  # noqa: E402
+
+from .learn_tools import make_batch, random_alpha  # noqa: E402
+from .tiny_models import RECENT, SINK, tiny  # noqa: E402
+
+SETTINGS = Settings(ratio=0.5, align=8, stage1_steps=6, stage2_steps=8, validate_every=3, lr=0.1)
+
+
+def batches(i):
+    return make_batch(seed=100 + i)
+
+
+def learner(settings=SETTINGS, batches=batches):
+    model = SpanModel(tiny(), sink=SINK, recent=RECENT)
+    return Learner(model, settings, batches, [make_batch(seed=1), make_batch((30, 33), seed=2)])
+
+
+def state_of(one):
+    return one.alpha.detach(), one.n_done, one.best
+
+
+def assert_same(one, other):
+    for x, y in zip(state_of(one)[:2], state_of(other)[:2], strict=True):
+        assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+    np.testing.assert_array_equal(one.best.keep, other.best.keep)
+    assert (one.best.loss, one.best.stage, one.best.step) == (
+        other.best.loss,
+        other.best.stage,
+        other.best.step,
+    )
+
+
+def test_doctests():
+    assert doctest.testmod(train).failed == 0
+
+
+def test_both_stages():
+    one = learner()
+    steps = list(one.run())
+    assert [(s.stage, s.step) for s in steps] == [(1, i) for i in range(6)] + [
+        (2, i) for i in range(8)
+    ]
+    assert steps[5].mean_alpha < 0.98 and steps[0].lr == pytest.approx(0.1)
+    assert steps[6].lr == pytest.approx(0.05 * train.trapezoid(0, 8))
+    validated = [(s.stage, s.step) for s in steps if s.validation is not None]
+    assert validated == [(1, 5), (2, 2), (2, 5), (2, 7)]
+    assert one.best.keep.shape == (3, 2, 16)
+    assert one.best.keep.sum() == 3 * 2 * 16 / 2
+    assert not (one.best.keep.sum(-1) % 8).any()
+    losses = [s.validation for s in steps if s.validation is not None]
+    assert one.best.loss == min(losses)
+    assert [s.improved for s in steps if s.validation is not None] == [
+        x == min(losses[: i + 1]) for i, x in enumerate(losses)
+    ]
+    # As deployed, on the same batches.
+    assert one.loss_as_deployed(one.best.keep, one.validation) == one.best.loss
+
+
+def test_stage_1_alone_lowers_the_loss_of_its_mask():
+    """The learned mask is better than the one chosen among equal factors."""
+    one = learner(Settings(ratio=0.5, align=8, stage1_steps=40, stage2_steps=0, lr=0.05))
+    start = one.loss_as_deployed(one.choose(), one.validation)
+    list(one.run())
+    assert one.best.loss < 0.9 * start
+
+
+@pytest.mark.parametrize("cut", [1, 5, 6, 7, 9, 13])
+def test_a_resumed_run_ends_alike(tmp_path, cut):
+    whole, first, second = learner(), learner(), learner()
+    list(whole.run())
+    for _ in zip(range(cut), first.run(), strict=False):
+        pass
+    assert first.n_done == cut
+    first.save(tmp_path / "state")
+    second.load(tmp_path / "state")
+    list(second.run())
+    assert_same(whole, second)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_save_that_fails_leaves_the_state_before(tmp_path, monkeypatch):
+    one, other = learner(), learner()
+    path = tmp_path / "state"
+    next(run := one.run())
+    one.save(path)
+    next(run)
+
+    def full(state, file):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        one.save(path)
+    other.load(path)
+    assert other.n_done == 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"ratio": 0.6}, "resume: expected a run with ratio = 0.6, got one with 0.5"),
+        ({"lr": 0.2}, "resume: expected a run with lr = 0.2, got one with 0.1"),
+    ],
+)
+def test_another_runs_state_is_refused(tmp_path, settings, message):
+    one = learner()
+    one.save(tmp_path / "state")
+    other = learner(Settings(**{**SETTINGS.__dict__, **settings}))
+    with pytest.raises(ValueError, match=message):
+        other.load(tmp_path / "state")
+    assert other.n_done == 0
+
+
+def test_divergence_stops_with_the_best_mask_so_far():
+    def bad_at_the_end(i):
+        batch = batches(i)
+        if i == 11:
+            batch.weights[:] = torch.nan
+        return batch
+
+    one, whole = learner(batches=bad_at_the_end), learner()
+    with pytest.raises(DivergedError, match="stage 2, step 5: the loss is nan"):
+        list(one.run())
+    for _ in zip(range(11), whole.run(), strict=False):
+        pass
+    assert_same(one, whole)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_empty_heads_get_a_gradient_where_asked(every):
+    one = learner(Settings(**{**SETTINGS.__dict__, "zero_every": every, "stage1_steps": 0}))
+    with torch.no_grad():
+        one.alpha[0, 0] = 0.2
+        one.alpha[1:, :, 8:] = 0.1
+        one.alpha[0, 1] = 0.9
+    keep = one.choose()
+    assert not keep[0, 0].any() and keep[0, 1].all()
+    before = one.alpha.detach().clone()
+    next(iter(one.run()))
+    moved = (one.alpha.detach() - before).abs() > 0
+    assert moved[0, 0].any() == bool(every)
+    # Channels that a live head dropped move too: the gradient goes straight through the mask.
+    assert moved[1, 0][~torch.tensor(keep[1, 0])].any()
+
+
+def test_straight_through_is_the_gradient_of_the_factors():
+    one = learner()
+    with torch.no_grad():
+        one.alpha.copy_(random_alpha())
+    batch = batches(0)
+    dense = one.model.dense(batch)
+    keep = torch.tensor(one.choose())
+    factor = keep.float().requires_grad_()
+    loss_of(one.model.mixed(batch, dense, factor, ~keep.any(-1)), dense, batch).backward()
+    before = one.alpha.detach().clone()
+    through = keep.float() + (one.alpha - one.alpha.detach())
+    loss_of(one.model.mixed(batch, dense, through, ~keep.any(-1)), dense, batch).backward()
+    torch.testing.assert_close(one.alpha.grad, factor.grad, rtol=0, atol=0)
+    assert torch.equal(one.alpha.detach(), before) and factor.grad[~keep].abs().max() > 0
+
+
+def test_bad_settings_are_named_before_any_work():
+    with pytest.raises(ValueError, match="validation: expected at least one batch"):
+        Learner(SpanModel(tiny(), sink=SINK, recent=RECENT), SETTINGS, batches, [])
+    with pytest.raises(ValueError, match="align"):
+        learner(Settings(ratio=0.5, align=7))
