@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from leank.learn import mixed_attention
+from leank.learning import mixed_attention
 from tests.bench import lib
 
 LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 5e-3}
