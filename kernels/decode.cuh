@@ -6,8 +6,8 @@
  *   teams of 4 compute: they take turns with the tiles, and warp w of a team has tokens 16 w .. 16 w + 15 of its tile, with
  *   a softmax state of its own. Tokens are the rows of the first product and query heads its columns, so that R <= 8
  *   heads (16 in two column tiles) cost one pass over K and V;
- *   the others help: they bring the next part's q into the order of its operands, and merge the warps' states of the last
- *   part. Units that are cut into several parts are merged by combine.cu. */
+ *   the others help: they bring the next part's q into the order of its operands, store the new token in its page, and
+ *   merge the warps' states of the last part. Units that are cut into several parts are merged by combine.cu. */
 #ifndef LEANK_DECODE_CUH
 #define LEANK_DECODE_CUH
 

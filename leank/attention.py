@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import _C
+from ._arrays import as_array
 from .cache_layer import LeanKLayer, NewTokens
 from .models import BASES, PREFIX
 
@@ -49,7 +50,7 @@ def _attention(base: str, module, query, key, value, attention_mask, *args, **kw
     store = layer.open(k, v)
     if layer.is_prompt_only(k.shape[2]):
         out, _ = forward(module, query, k, v, attention_mask, **kwargs)
-        store.append(_array(k), _array(v), valid)
+        store.append(as_array(k), as_array(v), valid)
     else:
         call = (layer, valid, kwargs.get("scaling"))
         needs_grad = torch.is_grad_enabled() and (
@@ -82,12 +83,12 @@ def _decode(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple) 
     out = torch.empty(n_rows, n_columns, n_heads, v.shape[-1], dtype=query.dtype)
     _C.decode(
         layer.store,
-        _array(query),
-        _array(k),
-        _array(v),
+        as_array(query),
+        as_array(k),
+        as_array(v),
         valid=valid,
         scale=scale,
-        out=_array(out.transpose(1, 2)),
+        out=as_array(out.transpose(1, 2)),
         n_threads=torch.get_num_threads(),
     )
     return out
@@ -106,16 +107,6 @@ class _Decode(torch.autograd.Function):
             "backward: there is no gradient through a pruned cache; train without a cache "
             "(use_cache=False), or on an unpatched model"
         )
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """View as an array, bfloat16 as uint16; copies only if the last axis has a stride."""
-    tensor = tensor.detach()
-    if tensor.stride(-1) != 1:
-        tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    return tensor.numpy()
 
 
 def _refuse(module, query: torch.Tensor, tokens: NewTokens, args: tuple, kwargs: dict) -> None:

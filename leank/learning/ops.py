@@ -6,10 +6,10 @@ checkpointing see; ``mixed_attention`` checks its arguments and calls them.
 
 import math
 
-import numpy as np
 import torch
 
 from leank import _C
+from leank._arrays import as_array, as_tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -136,21 +136,6 @@ def _check_small(name: str, x: torch.Tensor, dtype: torch.dtype, expected: tuple
 # ------------------------------------------------------------------------------------- operators
 
 
-def _array(x: torch.Tensor) -> np.ndarray:
-    """View as an array, bfloat16 as uint16; copies only if the last axis has a stride."""
-    x = x.detach()
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
-    if x.dtype == torch.bfloat16:
-        x = x.view(torch.uint16)
-    return x.numpy()
-
-
-def _tensor(x: np.ndarray) -> torch.Tensor:
-    tensor = torch.from_numpy(x)
-    return tensor.view(torch.bfloat16) if x.dtype == np.uint16 else tensor
-
-
 def _options(
     start: torch.Tensor | None,
     hidden: torch.Tensor | None,
@@ -183,11 +168,11 @@ def _forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     o, lse = _C.learn_forward(
-        *(_array(x) for x in (q, k_context, v_context, k, v)),
-        _array(alpha.contiguous()),
+        *(as_array(x) for x in (q, k_context, v_context, k, v)),
+        as_array(alpha.contiguous()),
         **_options(start, hidden, sink, recent, scale),
     )
-    return _tensor(o), _tensor(lse)
+    return as_tensor(o), as_tensor(lse)
 
 
 @_forward.register_fake
@@ -214,13 +199,13 @@ def _backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv, dalpha = _C.learn_backward(
-        *(_array(x) for x in (d_o, o)),
-        _array(lse.contiguous()),
-        *(_array(x) for x in (q, k_context, v_context, k, v)),
-        _array(alpha.contiguous()),
+        *(as_array(x) for x in (d_o, o)),
+        as_array(lse.contiguous()),
+        *(as_array(x) for x in (q, k_context, v_context, k, v)),
+        as_array(alpha.contiguous()),
         **_options(start, hidden, sink, recent, scale),
     )
-    return _tensor(dq), _tensor(dk), _tensor(dv), _tensor(dalpha)
+    return as_tensor(dq), as_tensor(dk), as_tensor(dv), as_tensor(dalpha)
 
 
 @_backward.register_fake

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import leank
 from leank import _C
+from leank._arrays import as_tensor
 from leank.bench.profiles import needed_bytes
 from tests import compare
 from tests.bench import lib
@@ -131,10 +132,9 @@ class Dense:
     def __init__(self, pruned: Pruned, args: argparse.Namespace) -> None:
         n_sets = max(2, math.ceil(args.rotate_bytes / (pruned.k.nbytes + pruned.v.nbytes)))
         self.pairs = [
-            tuple(lib.as_tensor(x.copy(), pruned.dtype) for x in (pruned.k, pruned.v))
-            for _ in range(n_sets)
+            tuple(as_tensor(x.copy()) for x in (pruned.k, pruned.v)) for _ in range(n_sets)
         ]
-        self.q = lib.as_tensor(pruned.q, pruned.dtype)
+        self.q = as_tensor(pruned.q)
         n_heads = pruned.k.shape[1]
         self.folded = self.q.reshape(1, n_heads, args.q_heads // n_heads, -1)
         self.n_calls = min(4, n_sets)

@@ -122,12 +122,6 @@ def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -
     return values.astype(dtype)
 
 
-def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
-    """Return the tensor over the same memory."""
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
-
-
 class ReadBandwidth:
     """Bytes per second of reading memory that is in no cache, with torch's threads.
 
