@@ -194,7 +194,7 @@ def fake_result():
     lines = [
         Line(big, 1128.04, 4.84e9, 8.59e9, {"cudnn": 1910.0, "flash": 2000.0}),
         Line(small, 15.2, 4.19e6, 4.19e6, {}),
-        LayerLine(small, 3, 14.0, 4_194_304),
+        LayerLine(small, 3, 14.0, 4_194_304, 0.5),
         AppendLine(small, 15.3, 15.0),
         MixedLine(big, (8, 24, 40, 56), 102.0, 100.0),
     ]
@@ -227,7 +227,7 @@ def test_the_printed_tables():
     gain, peers, layer, append = cells(text, "1x1024")
     assert gain == ["1x1024", "1.00", "15.2", "-", "-", "-", "0.28"]
     assert peers == ["1x1024", "-", "-"]
-    assert layer == ["1x1024", "3", "4.19", "14.0", "0.30"]
+    assert layer == ["1x1024", "3", "4.19", "14.0", "0.30", "0.50", "60%"]
     assert append == ["1x1024", "15.0", "15.3", "2.0%"]
     words = " ".join(text.split())
     for said in (

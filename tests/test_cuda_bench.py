@@ -72,6 +72,7 @@ def test_single_layers_storing_and_mixed_widths(tmp_path):
     kinds = [line["kind"] for line in table["lines"]]
     assert kinds == ["LayerLine", "LayerLine", "AppendLine", "MixedLine"]
     assert [line["layer"] for line in table["lines"][:2]] == [0, 1]
+    assert all(line["plain_tb_s"] > 0 for line in table["lines"][:2])
     assert table["lines"][3]["widths"] == [16, 48, 80, 112]
 
 

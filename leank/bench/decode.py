@@ -152,7 +152,8 @@ def _leank(work: Work, shape: Shape, time: Timer, options: Options) -> float:
 def _in_words(line: Line | LayerLine | AppendLine | MixedLine) -> str:
     """Return one line about what was measured, for those who wait."""
     if isinstance(line, LayerLine):
-        return f"{line.shape}: layer {line.layer} {line.us:.1f} us, {line.tb_s:.2f} TB/s"
+        rate = f"{line.tb_s:.2f} TB/s, {line.share:.0%} of a sum's"
+        return f"{line.shape}: layer {line.layer} {line.us:.1f} us, {rate}"
     if isinstance(line, AppendLine):
         return f"{line.shape}: storing adds {line.share:.1%} to {line.attending_us:.1f} us"
     if isinstance(line, MixedLine):

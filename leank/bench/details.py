@@ -15,13 +15,15 @@ from leank.bench.work import AppendLine, BenchError, LayerLine, MixedLine, Optio
 
 
 def per_layer(work: Work, shape: Shape, time: Timer, options: Options) -> Iterator[LayerLine]:
-    """Time each layer alone: a graph holds several caches of it, so that it follows itself."""
+    """Time each layer alone, several caches of it in turn, and a sum over the same memory."""
     n = layers_per_graph(work, shape)
     for i, keep in enumerate(work.keep):
         layers = Layers([keep] * n, work.n_q_heads, shape, options)
-        (us,) = time(layers.store_and_attend)
+        us, plain_us = time(layers.store_and_attend, layers.sum)
         layers.check()
-        yield LayerLine(shape, i, us / n, needed_bytes(keep, *shape, **options.window))
+        needed = needed_bytes(keep, *shape, **options.window)
+        # Some pieces of a GPU's memory are slower to read than others.
+        yield LayerLine(shape, i, us / n, needed, layers.n_bytes / plain_us / 1e6)
 
 
 def append_share(work: Work, shape: Shape, time: Timer, options: Options) -> AppendLine:

@@ -105,6 +105,16 @@ class Layers:
         for cache in self.caches:
             decode(cache, self.q)
 
+    def sum(self) -> None:
+        """Read all pages and twins, layer after layer, and nothing else."""
+        for cache in self.caches:
+            torch.sum(cache.slab.view(torch.float32), 0)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that `sum` reads."""
+        return sum(cache.slab.numel() for cache in self.caches)
+
     def check(self) -> None:
         """Raise if a replay found its cache full, for then it did less."""
         for cache in self.caches:

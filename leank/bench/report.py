@@ -83,10 +83,11 @@ def _all_peers(lines: list[Line]) -> Table:
 
 
 def _layers(lines: list[LayerLine]) -> Table:
-    table = _box("layer", "MB", "us", "TB/s")
+    table = _box("layer", "MB", "us", "TB/s", "sum TB/s", "share")
     for line in lines:
         numbers = f"{line.needed_bytes / 1e6:.2f}", _us(line.us), f"{line.tb_s:.2f}"
-        table.add_row(str(line.shape), str(line.layer), *numbers)
+        plain = f"{line.plain_tb_s:.2f}", f"{line.share:.0%}"
+        table.add_row(str(line.shape), str(line.layer), *numbers, *plain)
     return table
 
 
@@ -137,6 +138,8 @@ def _how(result: Result) -> Text:
             " Its time is the mean over the layers; dense peers only attend. TB/s: bytes that "
             "LeanK must read, by its time."
         )
+    if any(isinstance(line, LayerLine) for table in result.tables for line in table.lines):
+        text += " Sum: what torch.sum reads per time of all that the same caches hold."
     return Text(text, style="dim")
 
 

@@ -190,11 +190,17 @@ class LayerLine:
     layer: int
     us: float
     needed_bytes: int
+    plain_tb_s: float  # of torch's sum over the pages and twins of the same caches
 
     @property
     def tb_s(self) -> float:
         """Needed bytes per time, in 1e12 bytes per second."""
         return self.needed_bytes / self.us / 1e6
+
+    @property
+    def share(self) -> float:
+        """Rate as a share of that of the plain read."""
+        return self.tb_s / self.plain_tb_s
 
 
 @dataclasses.dataclass(frozen=True)
