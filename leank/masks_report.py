@@ -35,8 +35,8 @@ def print_masks(records: Sequence[ShippedMask], console: Console) -> None:
     console.print(table)
     console.print(
         Text(
-            "\nK kept and KV bytes: shares of a dense cache, outside the window. Loss: points of the "
-            "mean test score, dense minus mask. `leank masks NAME` tells all of one.",
+            "\nK kept and KV bytes: shares of a dense cache, outside the window. Loss: points of "
+            "the mean test score, dense minus mask. `leank masks NAME` tells all of one.",
             style="dim",
         )
     )
