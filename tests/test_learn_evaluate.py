@@ -13,10 +13,11 @@ pytest.importorskip("transformers")
 
 import leank  # noqa: E402
 from leank.learning import evaluate as module  # noqa: E402
-from leank.learning.data import Sample, collate  # noqa: E402
+from leank.learning.data import Sample, collate, samples  # noqa: E402
 from leank.learning.evaluate import evaluate  # noqa: E402
 from leank.learning.span import SpanModel, loss_of  # noqa: E402
-from leank.learning.tasks import CONTINUATION  # noqa: E402
+from leank.learning.tasks import ALL_KINDS, CONTINUATION  # noqa: E402
+from leank.learning.text import split  # noqa: E402
 
 from .tiny_models import RECENT, SINK, VOCAB, pruned, tiny  # noqa: E402
 
@@ -207,6 +208,29 @@ def test_the_loss_is_that_of_learning(made):
     with torch.no_grad():
         loss = loss_of(model.mixed(batch, dense, keep.float(), ~keep.any(-1)), dense, batch)
     assert evaluation.loss == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_samples_of_every_kind_are_tested():
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "\n", *map(chr, range(32, 127))]
+    vocabulary = {c: i for i, c in enumerate(letters)}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>")
+    assert len(letters) == VOCAB
+    corpus = split(["\n".join(f"The number {i} has the square {i * i}.\n" for i in range(9000))])
+    items = samples(corpus, "test", tokenizer, lengths=900, n=40, seed=2)
+    model = SpanModel(tiny(), **WINDOW)
+    everything, less = evaluate(
+        model, {name: MASKS[name] for name in ("all", "pruned")}, items, batch_size=10
+    )
+    assert [kind.kind for kind in less.kinds] == list(ALL_KINDS)
+    assert sum(kind.n for kind in less.kinds) == 40
+    assert everything.items.kind.tolist() == [item.kind for item in items]
+    assert max(kind.loss for kind in everything.kinds) < 1e-6
+    assert min(kind.loss for kind in less.kinds) > 0.01
 
 
 def test_half_precision(made):
