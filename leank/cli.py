@@ -110,6 +110,41 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command()
+def masks(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Tell all of this one.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the records instead, for programs.")
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Made by leank.shipped.add; default: the package's."),
+    ] = None,
+) -> None:
+    """List the masks in this package: what they keep, what they cost, how they were learned.
+
+    In Python, leank.shipped.load(NAME) returns one.
+    """
+    from leank.masks_report import print_mask, print_masks
+    from leank.shipped import FOLDER, ShippedMaskError, find, shipped_masks
+
+    folder = folder or FOLDER
+    try:
+        records = shipped_masks(folder) if name is None else [find(name, folder)]
+    except (ShippedMaskError, OSError) as error:
+        typer.echo(f"leank masks: {error}", err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        lines = [record.as_json() for record in records]
+        typer.echo(json.dumps(lines if name is None else lines[0], indent=1))
+    elif name is None:
+        print_masks(records, Console())
+    else:
+        print_mask(records[0], Console())
+
+
 @bench.command("decode")
 def bench_decode(
     profile: Annotated[

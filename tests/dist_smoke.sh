@@ -48,6 +48,8 @@ for name in ("py.typed", "_C.pyi"):
 assert list(home.rglob("*.safetensors")), "the shipped mask is not installed"
 from leank.bench.profiles import load_profiles
 assert load_profiles(), "the benchmark's profiles are not installed"
+from leank.shipped import shipped_masks
+shipped_masks() # the index of shipped masks is installed
 print(leank.__version__, leank.capabilities())
 PYTHON
     "$venv/bin/python" "$root/examples/decode_numpy.py"

@@ -76,11 +76,12 @@ def chat(corpus):
 
 
 def same(a, b):
-    return (a.kind, a.answer, a.expected, a.needles) == (
+    return (a.kind, a.answer, a.expected, a.needles, a.values) == (
         b.kind,
         b.answer,
         b.expected,
         b.needles,
+        b.values,
     ) and (np.array_equal(a.context, b.context) and np.array_equal(a.span, b.span))
 
 
@@ -237,6 +238,21 @@ def test_tokens_of_a_sample(kind, corpus, tokenizer):
         assert (whole[0] == 0) == (
             tokenizer("a").input_ids[0] == 0 or bool(tokenizer.chat_template)
         )
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_values_are_where_a_sample_says(kind, corpus, tokenizer):
+    made = samples(corpus, "test", tokenizer, kinds=[kind], lengths=LENGTH, n=8, seed=9)
+    for sample in made:
+        assert len(sample.values) == len(sample.expected)
+        found = [tokenizer.decode(sample.span[a:b]).strip() for a, b in sample.values]
+        # A token may hold the comma after a value as well.
+        assert [value.rstrip(",") for value in found] == [
+            value.strip().rstrip(",") for value in sample.expected
+        ]
+        edges = [edge for pair in sample.values for edge in pair]
+        assert edges == sorted(edges)
+        assert sample.answer == (edges[0], edges[-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -44,6 +44,8 @@ class Sample:
         What `leank.learning.tasks.score` looks for.
     needles : tuple of (int, int)
         Ranges of the hidden texts' tokens in `context`, in the order of the puzzle.
+    values : tuple of (int, int)
+        Ranges of the tokens in `span` of each of `expected`, within `answer`; empty if not known.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Sample:
     answer: tuple[int, int]
     expected: tuple[str, ...]
     needles: tuple[tuple[int, int], ...]
+    values: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         """Tokens of context and span."""
@@ -194,7 +197,8 @@ class Samples(Sequence):
         ids = np.concatenate([self.prompt.first, ids[start : start + n_text]])
         context, span = ids[: -self.n_continued], ids[-self.n_continued :]
         expected = (self.prompt.tokenizer.decode(span.tolist()),)
-        return Sample(CONTINUATION, context, span, (0, len(span)), expected, ())
+        whole = 0, len(span)
+        return Sample(CONTINUATION, context, span, whole, expected, (), (whole,))
 
     def _needles(self, rng: np.random.Generator, kind: str, length: int) -> Sample:
         other = int(rng.integers(len(self.passages)))
@@ -362,6 +366,7 @@ class _Written(NamedTuple):
     needles: list[tuple[int, int]]
     question: int
     answer: tuple[int, int]
+    values: list[tuple[int, int]]
 
 
 class _Prompt:
@@ -416,12 +421,18 @@ class _Prompt:
         whole += self.asks + puzzle.question + self.closing + puzzle.cue
         whole += " " if puzzle.cue[-1:].isalnum() or puzzle.cue.endswith(":") else ""
         answer = len(whole), len(whole) + len(puzzle.answer)
-        return _Written(whole + puzzle.answer, needles, question, answer)
+        whole += puzzle.answer
+        values, end = [], answer[0]
+        for value in puzzle.values:  # in the order of the answer
+            begin = whole.index(value, end)
+            end = begin + len(value)
+            values.append((begin, end))
+        return _Written(whole, needles, question, answer, values)
 
     def cut(
         self, kind: str, puzzle: Puzzle, written: _Written, tokens: np.ndarray, offsets: np.ndarray
     ) -> Sample:
-        """Cut tokens where the question begins, and find answer and needles among them."""
+        """Cut tokens where the question begins, and find answer, values and needles among them."""
         starts, stops = offsets[:, 0].tolist(), offsets[:, 1].tolist()
 
         def among(a: int, b: int) -> tuple[int, int]:
@@ -440,6 +451,9 @@ class _Prompt:
             needles=tuple(
                 (a + n_before, b + n_before)
                 for a, b in (among(*needle) for needle in written.needles)
+            ),
+            values=tuple(
+                (a - border, b - border) for a, b in (among(*value) for value in written.values)
             ),
         )
 

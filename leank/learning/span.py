@@ -105,7 +105,9 @@ class SpanModel:
         self.window = {"sink": sink, "recent": recent}
         self.chunk = chunk
         self.base = model.model
-        self.base.requires_grad_(False)
+        self.head = model.get_output_embeddings()
+        for part in (self.base, self.head):
+            part.requires_grad_(False)
         AttentionInterface.register(_NAME, _attention)
         # The op knows what is visible: no mask is made.
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
@@ -172,6 +174,11 @@ class SpanModel:
                 use_cache=False,
                 leank_run=run,
             ).last_hidden_state
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits that generate() compares, float32 [..., V], of last hidden states."""
+        return self.head(hidden).float()
 
 
 def loss_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:

@@ -1,0 +1,390 @@
+"""What masks cost on a test: scores under teacher forcing, distance of predictions, with limits.
+
+The context of a batch is read once for all masks, since its prefill is nearly all of the work; the
+short span is then read once per mask, exactly as deployed. A value counts when each of its tokens
+is the most likely one given the right tokens before it. Where an answer has one value, that is
+whether greedy generation gives it word for word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from leank.learning.data import Batch, Sample
+from leank.learning.span import Dense, SpanModel
+from leank.learning.tasks import ALL_KINDS, CONTINUATION
+
+LEAST_DENSE = 0.20  # a kind counts if the dense model scores more
+CONFIDENCE = 0.95  # of the upper limits, one-sided
+_SORTED = 64  # batches that are sorted by length together
+_ROWS = 512  # tokens whose logits are in memory at once
+
+
+@dataclass(frozen=True)
+class KindResult:
+    """What a mask does to one kind of task.
+
+    Attributes
+    ----------
+    kind : str
+        One of `leank.learning.tasks.ALL_KINDS`.
+    n : int
+        Items.
+    dense, mask : float or None
+        Mean scores, 0 to 1; None for continuations, which have no score.
+    loss_points : float or None
+        100 * (dense - mask).
+    upper_points : float or None
+        Upper limit of `loss_points`, one-sided 95%: the normal approximation to the mean of paired
+        differences. None also for a single item.
+    kl : float
+        Mean over items of the mean over answer tokens of KL(dense || mask), in nats.
+    loss : float
+        Mean over items of `leank.learning.span.loss_of`, by which masks are learned.
+    """
+
+    kind: str
+    n: int
+    dense: float | None
+    mask: float | None
+    loss_points: float | None
+    upper_points: float | None
+    kl: float
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """What each item gave, in the order of the items.
+
+    Attributes
+    ----------
+    kind : str array [n]
+    dense, mask : float64 arrays [n]
+        Scores; NaN for continuations.
+    kl, loss : float64 arrays [n]
+        As in `KindResult`.
+    """
+
+    kind: npt.NDArray[np.str_]
+    dense: npt.NDArray[np.float64]
+    mask: npt.NDArray[np.float64]
+    kl: npt.NDArray[np.float64]
+    loss: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one mask keeps, and what it costs.
+
+    Attributes
+    ----------
+    name : str
+    kept_k, kept_v : float
+        Shares of K channels and of heads whose V is stored, outside the window.
+    kv_bytes : float
+        Share of the bytes of a dense cache that is stored outside the window: their mean.
+    empty_heads : float
+        Share of heads that store nothing outside the window.
+    kinds : tuple of KindResult
+        In the order of `leank.learning.tasks.ALL_KINDS`.
+    counted : tuple of str
+        Kinds that the dense model scores over 20% on; the means below are over these.
+    dense, mask, loss_points, upper_points : float or None
+        Means over kinds as in `KindResult`; None without a kind to count. The variance behind the
+        limit is that of a mean of independent means.
+    kl, loss : float
+        Means over all kinds.
+    items : Items
+    """
+
+    name: str
+    kept_k: float
+    kept_v: float
+    kv_bytes: float
+    empty_heads: float
+    kinds: tuple[KindResult, ...]
+    counted: tuple[str, ...]
+    dense: float | None
+    mask: float | None
+    loss_points: float | None
+    upper_points: float | None
+    kl: float
+    loss: float
+    items: Items = dataclasses.field(repr=False, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all but the items as what json.dumps takes."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["items"]
+        fields["kinds"] = [dataclasses.asdict(kind) for kind in self.kinds]
+        return fields | {"counted": list(self.counted)}
+
+    def save_items(self, path: str | os.PathLike[str]) -> None:
+        """Write the arrays of `items` to an .npz file, so that comparisons can be made again.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        arrays = {f.name: getattr(self.items, f.name) for f in dataclasses.fields(self.items)}
+        with open(path, "wb") as file:  # np.savez would add ".npz" to another name
+            np.savez_compressed(file, **arrays)
+
+
+def evaluate(
+    model: SpanModel,
+    masks: Mapping[str, npt.NDArray[np.bool_]],
+    items: Sequence[Sample],
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Evaluation]:
+    """Test masks against the dense model on the same items.
+
+    Parameters
+    ----------
+    model : SpanModel
+        On any device. Its window is that of all masks.
+    masks : mapping of str to bool array [N, Hkv, D]
+        By name; True where a channel is kept.
+    items : sequence of Sample
+        Each is asked for once, in order. Those of similar length share a batch; results do not
+        depend on which ones do, nor on their order, up to rounding.
+    batch_size : int
+        Items that are read at once.
+    progress : callable, optional
+        Called with the numbers of items done and of all, after each batch.
+
+    Returns
+    -------
+    list of Evaluation
+        One for each mask, in order.
+
+    Raises
+    ------
+    ValueError
+        If there is no mask, no item, a mask of another shape or type, or an item without places of
+        its values, without a question or without an answer.
+    """
+    arrays = _checked(masks, model.layout.mask_shape)
+    if len(items) == 0:
+        raise ValueError("items: expected at least one, got none")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    device = next(model.base.parameters()).device
+    keeps = [torch.tensor(keep, device=device) for keep in arrays]
+    n, done = len(items), 0
+    kinds: list[str] = [""] * n
+    # Dense and each mask: score, KL and loss of each item.
+    measured = np.full((1 + len(keeps), 3, n), np.nan)
+    for first in range(0, n, _SORTED * batch_size):
+        numbers = range(first, min(n, first + _SORTED * batch_size))
+        group = {i: items[i] for i in numbers}
+        for i, item in group.items():
+            _check_item(i, item)
+            kinds[i] = item.kind
+        order = sorted(group, key=lambda i: (len(group[i].context), len(group[i].span)))
+        for begin in range(0, len(order), batch_size):
+            chosen = order[begin : begin + batch_size]
+            measured[:, :, chosen] = _measure(model, keeps, [group[i] for i in chosen])
+            done += len(chosen)
+            if progress is not None:
+                progress(done, n)
+    dense, names = measured[0, 0], np.array(kinds)
+    return [
+        _evaluation(name, keep, Items(names, dense, *measured[m]))
+        for m, (name, keep) in enumerate(zip(masks, arrays, strict=True), 1)
+    ]
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def _checked(masks: Mapping[str, Any], shape: tuple[int, int, int]) -> list[np.ndarray]:
+    if not masks:
+        raise ValueError("masks: expected at least one, got none")
+    arrays = []
+    for name, keep in masks.items():
+        keep = np.asarray(keep)
+        if keep.shape != shape or keep.dtype != np.bool_:
+            raise ValueError(
+                f"masks: expected bool {shape} as the model has, got {keep.dtype} {keep.shape} "
+                f"in {name!r}"
+            )
+        arrays.append(keep)
+    return arrays
+
+
+def _check_item(i: int, item: Sample) -> None:
+    if item.answer[1] <= max(1, item.answer[0]):
+        raise ValueError(f"items: expected an answer behind the span's first token in item {i}")
+    if item.kind == CONTINUATION:
+        return
+    if not item.values:
+        raise ValueError(f"items: expected the places of its values, got none in item {i}")
+    if item.answer[0] < 1:
+        raise ValueError(f"items: expected a question before the answer, got none in item {i}")
+
+
+# ---------------------------------------------------------------------------------- one batch
+
+
+def _collate(items: Sequence[Sample], device: torch.device) -> Batch:
+    """Make a batch with contexts padded on the left and spans on the right.
+
+    So each row's span begins where that of the others does, and a row with a short one has no token
+    of its context there: what is read densely does not depend on the company. Nothing can attend to
+    the padding behind a span.
+    """
+    n_context = max(len(item.context) for item in items)
+    n_span = max(len(item.span) for item in items)
+    context = np.zeros((len(items), n_context), np.int64)
+    span = np.zeros((len(items), n_span), np.int64)
+    weights = np.zeros((len(items), n_span), np.float32)
+    for b, item in enumerate(items):
+        context[b, n_context - len(item.context) :] = item.context
+        span[b, : len(item.span)] = item.span
+        # As data.collate: the token before an answer chooses its first one.
+        weights[b, max(0, item.answer[0] - 1) : item.answer[1]] = 1
+    start = np.array([n_context - len(item.context) for item in items])
+    return Batch(*(torch.from_numpy(x).to(device) for x in (context, span, start, weights)))
+
+
+@torch.no_grad()
+def _measure(model: SpanModel, keeps: list[torch.Tensor], items: Sequence[Sample]) -> np.ndarray:
+    """Return score, KL and loss of dense and each mask on each item: [1 + masks, 3, items]."""
+    batch = _collate(items, keeps[0].device)
+    # A hidden state predicts the token after it. The first token of a continuation is predicted by
+    # the context, which is dense for every mask.
+    ranges = [(max(1, item.answer[0]), item.answer[1]) for item in items]
+    row = torch.cat([torch.full((stop - first,), b) for b, (first, stop) in enumerate(ranges)])
+    at = torch.cat([torch.arange(first, stop) for first, stop in ranges])
+    row, at = row.to(batch.span.device), at.to(batch.span.device)
+    dense = model.dense(batch)
+    states, losses = [dense.target[row, at - 1]], [np.zeros(len(items))]
+    for keep in keeps:
+        out = model.mixed(batch, dense, keep.float(), ~keep.any(-1))
+        states.append(out[row, at - 1])
+        losses.append(_losses(out, dense, batch))
+    hits, kl = _compare(model, states, batch.span[row, at])
+    result = np.zeros((len(states), 3, len(items)))
+    begins = np.cumsum([0, *(stop - first for first, stop in ranges)])
+    for b, (item, (first, _)) in enumerate(zip(items, ranges, strict=True)):
+        mine = slice(begins[b], begins[b + 1])
+        result[:, 0, b] = _scores(item, first, hits[:, mine])
+        result[:, 1, b] = kl[:, mine].mean(1)
+    result[:, 2] = losses
+    return result
+
+
+def _losses(out: torch.Tensor, dense: Dense, batch: Batch) -> np.ndarray:
+    """Return `loss_of` of each row, [B]."""
+    error = (out.float() - dense.target.float()).square().mean(-1)
+    return ((error * batch.weights).sum(1) / batch.weights.sum(1)).double().cpu().numpy()
+
+
+def _compare(
+    model: SpanModel, states: list[torch.Tensor], tokens: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compare what states predict with what came, and with what the first states predict.
+
+    Parameters
+    ----------
+    states : list of tensors [M, hidden]
+        Of the dense run, then of each mask.
+    tokens : int64 [M]
+        Which came after them.
+
+    Returns
+    -------
+    hits : bool array [states, M]
+        Whether the token was the most likely one.
+    kl : float64 array [states, M]
+        KL(dense || this).
+    """
+    hits = torch.empty((len(states), len(tokens)), dtype=torch.bool, device=tokens.device)
+    kl = torch.empty(hits.shape, dtype=torch.float32, device=tokens.device)
+    for begin in range(0, len(tokens), _ROWS):
+        part = slice(begin, begin + _ROWS)
+        for i, hidden in enumerate(states):
+            logits = model.logits(hidden[part])
+            hits[i, part] = logits.argmax(-1) == tokens[part]
+            log_p = logits.log_softmax(-1)
+            if i == 0:
+                log_dense, dense_p = log_p, log_p.exp()
+            kl[i, part] = (dense_p * (log_dense - log_p)).sum(-1)
+    return hits.cpu().numpy(), kl.double().cpu().numpy()
+
+
+def _scores(item: Sample, first: int, hits: np.ndarray) -> np.ndarray | float:
+    """Return the share of values that are hit in full, [states]; hits begin at token `first`."""
+    if item.kind == CONTINUATION:
+        return np.nan
+    return np.mean([hits[:, a - first : b - first].all(1) for a, b in item.values], axis=0)
+
+
+# ---------------------------------------------------------------------------------- statistics
+
+
+def _evaluation(name: str, keep: np.ndarray, items: Items) -> Evaluation:
+    kinds, variances = [], {}
+    for kind in ALL_KINDS:
+        mine = items.kind == kind
+        if mine.any():
+            result, variances[kind] = _kind(kind, items, mine)
+            kinds.append(result)
+    counted = [k for k in kinds if k.dense is not None and k.dense > LEAST_DENSE]
+    means: dict[str, float | None] = dict.fromkeys(("dense", "mask", "loss_points"))
+    upper = None
+    if counted:
+        means = {key: float(np.mean([getattr(k, key) for k in counted])) for key in means}
+        spread = [variances[k.kind] for k in counted]
+        upper = _upper(means["loss_points"], sum(spread) / len(spread) ** 2)
+    empty = float((~keep.any(-1)).mean())
+    kept_k, kept_v = float(keep.mean()), float(keep.any(-1).mean())
+    return Evaluation(
+        name=name,
+        kept_k=kept_k,
+        kept_v=kept_v,
+        kv_bytes=(kept_k + kept_v) / 2,
+        empty_heads=empty,
+        kinds=tuple(kinds),
+        counted=tuple(k.kind for k in counted),
+        **means,
+        upper_points=upper,
+        kl=float(np.mean([k.kl for k in kinds])),
+        loss=float(np.mean([k.loss for k in kinds])),
+        items=items,
+    )
+
+
+def _kind(kind: str, items: Items, mine: np.ndarray) -> tuple[KindResult, float]:
+    """Return the result of a kind, and the variance of its mean loss in points^2."""
+    n = int(mine.sum())
+    kl, loss = float(items.kl[mine].mean()), float(items.loss[mine].mean())
+    if kind == CONTINUATION:
+        return KindResult(kind, n, None, None, None, None, kl, loss), np.nan
+    dense, mask = items.dense[mine], items.mask[mine]
+    points = 100 * (dense - mask)
+    mean = float(points.mean())
+    variance = float(points.var(ddof=1)) / n if n > 1 else np.nan
+    scores = float(dense.mean()), float(mask.mean()), mean, _upper(mean, variance)
+    return KindResult(kind, n, *scores, kl, loss), variance
+
+
+def _upper(mean: float, variance: float) -> float | None:
+    """Return the one-sided upper limit of a mean, or None where its variance is not known."""
+    if np.isnan(variance):
+        return None
+    return float(mean + NormalDist().inv_cdf(CONFIDENCE) * np.sqrt(variance))
