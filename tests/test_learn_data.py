@@ -170,7 +170,7 @@ def test_a_kind_scores_its_own_answer_alone(kind, corpus):
         ]
         for own, other in (made, made[::-1]):
             assert score(kind, own.answer, own.values) == 1
-            assert score(kind, f" {own.answer}.", own.values) > (0.9 if kind == "copy" else 0.99)
+            assert score(kind, f" {own.answer}.", own.values) > (0.8 if kind == "copy" else 0.99)
             assert score(kind, other.answer, own.values) == 0
             assert score(kind, "", own.values) == 0
             hidden = "\n".join(own.needles)
@@ -185,7 +185,8 @@ def test_the_wording_varies(kind, corpus):
         KINDS[kind](np.random.default_rng(seed), 4000, corpus.train[seed]) for seed in range(40)
     ]
     assert len({puzzle.needles[0].split()[0] + puzzle.question.split()[0] for puzzle in made}) > 1
-    assert len({puzzle.answer for puzzle in made}) == len(made)
+    # Words come from a short list.
+    assert len({puzzle.answer for puzzle in made}) >= (20 if kind == "words" else len(made))
 
 
 @pytest.mark.parametrize("kind", KINDS)

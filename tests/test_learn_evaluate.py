@@ -73,15 +73,18 @@ def made():
     for _ in range(5):
         context, question, answer = draw(rng, int(rng.integers(8, 40))), draw(rng, 3), draw(rng, 6)
         items.append(sample("multi_value", context, question, answer, [(0, 2), (3, 6)]))
+    for _ in range(2):
+        context, question, answer = draw(rng, int(rng.integers(8, 40))), draw(rng, 3), draw(rng, 6)
+        items.append(sample("copy", context, question, answer, [(0, 6)]))
     for _ in range(4):
         context, span = draw(rng, int(rng.integers(12, 40))), draw(rng, int(rng.integers(5, 9)))
         whole_span = 0, len(span)
         items.append(Sample(CONTINUATION, context, span, whole_span, ("",), (), (whole_span,)))
     # The values of these are the dense model's own best tokens, the first, or both.
     dense = SpanModel(whole, **WINDOW)
-    for i in range(18, 23):
-        item = items[i]
-        for place in [(4,), (6, 7, 8), (3, 4, 6, 7, 8), (), (3, 4, 5, 6, 7, 8)][i - 18]:
+    places = [(4,), (6, 7, 8), (3, 4, 6, 7, 8), (), (3, 4, 5, 6, 7, 8), (3, 4, 6), (4, 5)]
+    for item, right in zip(items[18:25], places, strict=True):
+        for place in right:
             best = dense.logits(dense.dense(collate([item])).target)[0, place - 1].argmax()
             item.span[place] = int(best)
     return whole, items, said
@@ -115,12 +118,13 @@ def direct(whole, keep, item):
     kl = [
         sum(p[0][t - 1] * np.log(p[0][t - 1] / p[1][t - 1])) for t in range(first, item.answer[1])
     ]
-    right = [
-        np.mean([all(x[t - 1].argmax() == target[t] for t in range(a, b)) for a, b in item.values])
-        if item.kind != CONTINUATION
-        else np.nan
-        for x in logits
-    ]
+    right = []
+    for x in logits:
+        hit = [[x[t - 1].argmax() == target[t] for t in range(a, b)] for a, b in item.values]
+        if item.kind == "copy":
+            right.append([*hit[0], False].index(False) / len(hit[0]))
+        else:
+            right.append(np.nan if item.kind == CONTINUATION else np.mean([all(h) for h in hit]))
     counted = slice(max(0, item.answer[0] - 1), item.answer[1])
     loss = (hidden[0] - hidden[1])[counted].square().mean()
     return [*right, np.mean(kl), float(loss)]

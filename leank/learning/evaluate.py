@@ -3,7 +3,7 @@
 The context of a batch is read once for all masks, since its prefill is nearly all of the work; the
 short span is then read once per mask, exactly as deployed. A value counts when each of its tokens
 is the most likely one given the right tokens before it. Where an answer has one value, that is
-whether greedy generation gives it word for word.
+whether greedy generation gives it word for word; of a copy, how far it does.
 """
 
 from __future__ import annotations
@@ -328,9 +328,15 @@ def _compare(
 
 
 def _scores(item: Sample, first: int, hits: np.ndarray) -> np.ndarray | float:
-    """Return the share of values that are hit in full, [states]; hits begin at token `first`."""
+    """Return the share of values that are hit in full, [states]; hits begin at token `first`.
+
+    Of a copy, as in `leank.learning.tasks.score`, the share that is right before the first mistake.
+    """
     if item.kind == CONTINUATION:
         return np.nan
+    if item.kind == "copy":
+        [(a, b)] = item.values
+        return np.logical_and.accumulate(hits[:, a - first : b - first], axis=1).mean(1)
     return np.mean([hits[:, a - first : b - first].all(1) for a, b in item.values], axis=0)
 
 

@@ -40,7 +40,8 @@ class Puzzle(NamedTuple):
     question : str
         What is asked after the text.
     cue : str
-        How the answer begins; given, not to be learned. May be empty.
+        How the answer begins; given, not to be learned. May be empty. A space follows where it ends
+        with a letter, a digit or a colon.
     values : tuple of str
         What the answer must contain, in order.
     answer : str
@@ -68,6 +69,30 @@ def single(rng: np.random.Generator, room: int, other: str) -> Puzzle:
 def multi_key(rng: np.random.Generator, room: int, other: str) -> Puzzle:
     """Hide 4 to 12 facts of one wording and ask for one."""
     return _facts(rng, n=_count(rng, 4, 12, room, 24), n_asked=1)
+
+
+def words(rng: np.random.Generator, room: int, other: str) -> Puzzle:
+    """Hide 1 to 6 facts whose values are words, and ask for one."""
+    n = _count(rng, 1, 6, room, 20)
+    keys, values = _keys(rng, n), rng.choice(_NOUNS, n, replace=False).tolist()
+    template, question, cue = _pick(
+        rng,
+        [
+            (
+                "In the box of the {key} there is a {value}.",
+                "What is in the box of the {key}?",
+                "In the box of the {key} there is a",
+            ),
+            (
+                "The secret word of the {key} is {value}.",
+                "What is the secret word of the {key}?",
+                "The secret word of the {key} is",
+            ),
+        ],
+    )
+    needles = tuple(template.format(key=k, value=v) for k, v in zip(keys, values, strict=True))
+    question, cue = question.format(key=keys[0]), cue.format(key=keys[0])
+    return Puzzle(needles, question, cue, (values[0],), values[0])
 
 
 def multi_query(rng: np.random.Generator, room: int, other: str) -> Puzzle:
@@ -149,8 +174,8 @@ def passkey(rng: np.random.Generator, room: int, other: str) -> Puzzle:
                 "The pass key of the {door} door is",
             ),
             (
-                "Do not forget: {value} is the code for the {door} gate, and no other code is.",
-                "What is the code for the {door} gate?",
+                "The code for the {door} gate is {value}. No other code than {value} opens it.",
+                "Which code opens the {door} gate?",
                 "The code for the {door} gate is",
             ),
         ],
@@ -163,8 +188,8 @@ def passkey(rng: np.random.Generator, room: int, other: str) -> Puzzle:
 
 def lines(rng: np.random.Generator, room: int, other: str) -> Puzzle:
     """Hide numbered lines, each with a value, and ask for one by its number."""
-    n = _count(rng, 4, 40, room, 24)
-    numbers = np.sort(rng.choice(np.arange(1, 10 * n), n, replace=False)).tolist()
+    n = _count(rng, 4, 16, room, 24)
+    numbers = np.sort(rng.choice(np.arange(1, 100), n, replace=False)).tolist()
     values = _values(rng, n)
     template, question, cue = _pick(
         rng,
@@ -172,12 +197,12 @@ def lines(rng: np.random.Generator, room: int, other: str) -> Puzzle:
             (
                 "line {number}: the register holds <{value}>",
                 "What does the register hold in line {number}?",
-                "In line {number} the register holds <",
+                "line {number}: the register holds <",
             ),
             (
                 "Entry {number}: received parcel {value}.",
                 "Which parcel was received in entry {number}?",
-                "In entry {number} we received parcel",
+                "Entry {number}: received parcel",
             ),
         ],
     )
@@ -210,33 +235,38 @@ def table(rng: np.random.Generator, room: int, other: str) -> Puzzle:
 
 
 def copy(rng: np.random.Generator, room: int, other: str) -> Puzzle:
-    """Hide 2 to 4 notes made of real text, and ask for one word for word."""
+    """Hide 2 to 4 notes made of real text, and ask for one word for word; the cue begins it."""
     words = other.split()
-    n_words = min(24, max(4, room // 12))
+    n_words = min(14, max(4, room // 12))
+    n_given = n_words // 3
     n = min(_count(rng, 2, 4, room, 3 * n_words), max(1, len(words) // n_words))
     starts = rng.choice(max(1, len(words) // n_words), n, replace=False) * n_words
-    notes = [" ".join(words[s : s + n_words]) for s in starts.tolist()]
+    notes = [words[s : s + n_words] for s in starts.tolist()]
     keys = _keys(rng, n)
     template, question, cue = _pick(
         rng,
         [
-            ("Note {key}: {note}", "Repeat the note {key} word for word.", "Note {key}:"),
+            ("Note {key}: {note}", "Repeat the note {key} word for word.", "Note {key}: {note}"),
             (
                 "The message of the {key} reads: {note}",
                 "What does the message of the {key} read, word for word?",
-                "The message of the {key} reads:",
+                "The message of the {key} reads: {note}",
             ),
         ],
     )
-    needles = tuple(template.format(key=k, note=t) for k, t in zip(keys, notes, strict=True))
-    question, cue = question.format(key=keys[0]), cue.format(key=keys[0])
-    return Puzzle(needles, question, cue, (notes[0],), notes[0])
+    texts = [" ".join(note) for note in notes]
+    needles = tuple(template.format(key=k, note=t) for k, t in zip(keys, texts, strict=True))
+    given, left = (" ".join(part) for part in (notes[0][:n_given], notes[0][n_given:]))
+    # With a space of its own, since the words may end with any character.
+    question, cue = question.format(key=keys[0]), cue.format(key=keys[0], note=given) + " "
+    return Puzzle(needles, question, cue, (left,), left)
 
 
 # Asked about needles; data.py makes the continuations itself, since they need tokens only.
 KINDS: dict[str, Kind] = {
     "single": single,
     "multi_key": multi_key,
+    "words": words,
     "multi_query": multi_query,
     "multi_value": multi_value,
     "variables": variables,
@@ -313,52 +343,45 @@ def score(kind: str, answer: str, expected: Sequence[str]) -> float:
 def _facts(rng: np.random.Generator, n: int, n_asked: int) -> Puzzle:
     """Hide n facts of one wording and ask for the first ones."""
     n_asked = min(n, n_asked)
-    keys = _keys(rng, n)
+    keys, values = _keys(rng, n), _values(rng, n)
     template, question, cue = _pick(
         rng,
         [
             (
-                "One of the special magic {what}s for {key} is: {value}.",
-                "What is the special magic {what} for {key} mentioned in the text above?",
-                "The special magic {what} for {key} is",
+                "One of the special magic numbers for {key} is: {value}.",
+                "What is the special magic number for {key} mentioned in the text above?",
+                "The special magic number for {key} is:",
             ),
             (
-                "The {what} of the {key} is {value}.",
-                "What is the {what} of the {key}?",
-                "The {what} of the {key} is",
+                "The number of the {key} is {value}.",
+                "What is the number of the {key}?",
+                "The number of the {key} is",
             ),
             (
-                "Please remember that the {key} has the {what} {value}.",
-                "Which {what} does the {key} have?",
-                "The {key} has the {what}",
+                "Please remember that the {key} has the number {value}.",
+                "Which number does the {key} have?",
+                "The {key} has the number",
             ),
             (
-                "In the list of {what}s, the {key} stands with {value}.",
-                "With which {what} does the {key} stand in the list?",
-                "The {what} of the {key} is",
+                "In the list of numbers, the {key} stands with {value}.",
+                "With which number does the {key} stand in the list?",
+                "In the list of numbers, the {key} stands with",
             ),
         ],
     )
-    if rng.random() < 0.7:
-        what, values = "number", _values(rng, n)
-    else:
-        what, values = "code word", _distinct(rng, n, _code_word)
-    needles = tuple(
-        template.format(what=what, key=k, value=v) for k, v in zip(keys, values, strict=True)
-    )
+    needles = tuple(template.format(key=k, value=v) for k, v in zip(keys, values, strict=True))
     if n_asked == 1:
-        question = question.format(what=what, key=keys[0])
-        cue = cue.format(what=what, key=keys[0])
+        question, cue = question.format(key=keys[0]), cue.format(key=keys[0])
     else:
         asked = ", ".join(keys[: n_asked - 1]) + f" and {keys[n_asked - 1]}"
         question = _pick(
             rng,
             [
-                f"What are the {what}s of the {asked}? Answer in this order.",
-                f"Name the {what}s of the {asked}, in this order.",
+                f"What are the numbers of the {asked}? Answer in this order.",
+                f"Name the numbers of the {asked}, in this order.",
             ],
         )
-        cue = f"The {what}s of the {asked} are"
+        cue = f"The numbers of the {asked} are"
     return Puzzle(needles, question, cue, tuple(values[:n_asked]), ", ".join(values[:n_asked]))
 
 
@@ -391,10 +414,6 @@ def _values(rng: np.random.Generator, n: int, n_digits: int = 0) -> list[str]:
     n_digits = n_digits or int(rng.integers(5, 8))
     low = 10 ** (n_digits - 1)
     return _distinct(rng, n, lambda rng: str(rng.integers(low, 10 * low)))
-
-
-def _code_word(rng: np.random.Generator) -> str:
-    return f"{_pick(rng, _NOUNS)}-{_pick(rng, _NOUNS)}"
 
 
 def _variable(rng: np.random.Generator) -> str:
