@@ -162,7 +162,8 @@ static PyObject *py_append(PyObject *module, PyObject *args, PyObject *kwargs) {
     a.position = position;
     a.stream = stream;
     a.cuda_error = &cuda_error;
-    return py_done_or_raise(lk_cuda_append(&a), "append", cuda_error);
+    const lk_status status = lk_cuda_append(&a);
+    return py_done_or_raise(status, "append", cuda_error);
 }
 
 static PyObject *py_crop(PyObject *module, PyObject *args) {

@@ -99,8 +99,8 @@ PyObject *py_learn_forward(PyObject *module, PyObject *args, PyObject *kwargs) {
                                      CALL_TARGETS(&c), py_to_address, &o, py_to_address, &lse))
         return NULL;
     finish_call(&c);
-    return py_done_or_raise(lk_cuda_learn_forward(&c.args, o, lse, &c.launch), "learn_forward",
-                            c.cuda_error);
+    const lk_status status = lk_cuda_learn_forward(&c.args, o, lse, &c.launch);
+    return py_done_or_raise(status, "learn_forward", c.cuda_error);
 }
 
 PyObject *py_learn_backward(PyObject *module, PyObject *args, PyObject *kwargs) {
@@ -117,6 +117,6 @@ PyObject *py_learn_backward(PyObject *module, PyObject *args, PyObject *kwargs) 
     finish_call(&c);
     grads.lse = lse;
     grads.dalpha = dalpha;
-    return py_done_or_raise(lk_cuda_learn_backward(&c.args, &grads, &c.launch), "learn_backward",
-                            c.cuda_error);
+    const lk_status status = lk_cuda_learn_backward(&c.args, &grads, &c.launch);
+    return py_done_or_raise(status, "learn_backward", c.cuda_error);
 }
