@@ -11,6 +11,8 @@
 
 #include "leank.h"
 
+#include <stdbool.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -135,6 +137,32 @@ lk_status lk_cuda_gather(const lk_cuda_layer *layer, int32_t row, int32_t n_toke
 lk_status lk_cuda_copy_pages(const lk_cuda_layer *to, const lk_cuda_layer *from,
                              const int32_t *pairs, int32_t n_pairs, int64_t page_bytes,
                              int64_t twin_bytes, void *stream, int32_t *cuda_error);
+
+/* --------------------------------------------------------------------------------- mask learning (learn.cu) */
+
+/* Where and with what a call runs. */
+typedef struct {
+    void *work; /* lk_cuda_learn_work_bytes, aligned to 16 bytes; need not be zeroed */
+    int32_t n_blocks, smem_bytes; /* as given by lk_cuda_device */
+    void *stream;
+    int32_t *cuda_error;
+} lk_cuda_learn_launch;
+
+/* lk_learn_forward and lk_learn_backward of leank.h on the device: all data are device pointers, n_threads means nothing.
+ *   dtype LK_BF16 or LK_F16, D one of LK_CUDA_HEAD_DIMS, Dv = D; L and B * Hq * T up to 2^29
+ *   rows of q, k, v, o and do are 16-byte aligned
+ *   start is read on the device: what is not in [0, L] is taken as the nearest end of it
+ * Products are of the dtype, sums f32: alpha * q, probabilities and gradients of logits are rounded to it, so that in f16
+ * gradients of logits below 6e-8 vanish. Two runs on devices of as many n_blocks agree bit for bit.
+ * Launches: forward 2, backward 3. The keys are split among blocks, whose parts are merged in a fixed order.
+ * Work: S * B * Hq * T * (D + 2) floats about, S <= 32 splits; more than one only where the device would not be full.
+ * LK_E_SHAPE: sizes that no kernel is built for, or that need more shared memory than smem_bytes. LK_E_VALUE as in
+ * leank.h; LK_E_DEVICE: CUDA refused a launch, *cuda_error says why. */
+size_t lk_cuda_learn_work_bytes(const lk_learn_args *args, bool backward, int32_t n_blocks);
+lk_status lk_cuda_learn_forward(const lk_learn_args *args, void *o, float *lse,
+                                const lk_cuda_learn_launch *launch);
+lk_status lk_cuda_learn_backward(const lk_learn_args *args, const lk_learn_grads *grads,
+                                 const lk_cuda_learn_launch *launch);
 
 /* ------------------------------------------------------------------------------------ devices (device.cu) */
 

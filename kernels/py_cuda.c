@@ -1,9 +1,7 @@
 /* py_cuda.c: the extension leank._cuda. Addresses, sizes and a stream come in as integers; the Python side (leank/cuda.py)
  * has checked the tensors behind them and keeps them alive. It needs no NumPy, no torch and, to be imported, no GPU. */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "py_cuda.h"
 
-#include "leank_cuda.h"
 #include "plan.h"
 
 #include <stdbool.h>
@@ -17,8 +15,7 @@ typedef struct {
     PyObject_HEAD lk_cuda_layer layer;
 } py_layer;
 
-/* An address crosses as an int; None is NULL. For "O&". */
-static int to_address(PyObject *object, void *out) {
+int py_to_address(PyObject *object, void *out) {
     *(void **)out = NULL;
     if (object == Py_None) return 1;
     *(void **)out = PyLong_AsVoidPtr(object);
@@ -32,7 +29,7 @@ static PyObject *raise_status(lk_status status, const char *what, int32_t cuda_e
     return PyErr_Format(PyExc_ValueError, "%s: %s", what, lk_status_text(status));
 }
 
-static PyObject *done_or_raise(lk_status status, const char *what, int32_t cuda_error) {
+PyObject *py_done_or_raise(lk_status status, const char *what, int32_t cuda_error) {
     if (status != LK_OK) return raise_status(status, what, cuda_error);
     Py_RETURN_NONE;
 }
@@ -47,11 +44,11 @@ static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     long long table_stride, real_stride;
     const char *dtype;
     lk_cuda_layer layer = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$O&O&LO&O&LO&siiiiiii:Layer", names, to_address,
-                                     &page, to_address, &twin, &table_stride, to_address, &state,
-                                     to_address, &real, &real_stride, to_address, &geom, &dtype,
-                                     &layer.n_rows, &layer.n_heads, &layer.head_dim, &layer.sink,
-                                     &layer.recent, &layer.slack, &layer.max_tokens))
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "$O&O&LO&O&LO&siiiiiii:Layer", names, py_to_address, &page, py_to_address,
+            &twin, &table_stride, py_to_address, &state, py_to_address, &real, &real_stride,
+            py_to_address, &geom, &dtype, &layer.n_rows, &layer.n_heads, &layer.head_dim,
+            &layer.sink, &layer.recent, &layer.slack, &layer.max_tokens))
         return NULL;
     if (strcmp(dtype, "bfloat16") != 0 && strcmp(dtype, "float16") != 0)
         return PyErr_Format(PyExc_ValueError, "dtype: expected 'bfloat16' or 'float16', got '%s'",
@@ -106,10 +103,11 @@ static PyObject *py_attend(PyObject *module, PyObject *args, PyObject *kwargs) {
     lk_cuda_attend_args a = {0};
     if (!PyArg_ParseTupleAndKeywords(
             args, kwargs, "O!$O&(LL)O&(LL)O&(LL)O&O&O&O&iffO&iiO&:attend", names,
-            layer_type(module), &layer, to_address, &q, &q_stride[0], &q_stride[1], to_address, &k,
-            &k_stride[0], &k_stride[1], to_address, &v, &v_stride[0], &v_stride[1], to_address, &o,
-            to_address, &lse, to_address, &valid, to_address, &sinks, &a.n_q_heads, &a.scale,
-            &a.softcap, to_address, &work, &a.n_blocks, &a.smem_bytes, to_address, &stream))
+            layer_type(module), &layer, py_to_address, &q, &q_stride[0], &q_stride[1],
+            py_to_address, &k, &k_stride[0], &k_stride[1], py_to_address, &v, &v_stride[0],
+            &v_stride[1], py_to_address, &o, py_to_address, &lse, py_to_address, &valid,
+            py_to_address, &sinks, &a.n_q_heads, &a.scale, &a.softcap, py_to_address, &work,
+            &a.n_blocks, &a.smem_bytes, py_to_address, &stream))
         return NULL;
     int32_t cuda_error = 0;
     a.layer = &((py_layer *)layer)->layer;
@@ -135,7 +133,7 @@ static PyObject *py_attend(PyObject *module, PyObject *args, PyObject *kwargs) {
             "q, cache: %d rows, %d query heads on %d KV heads and head dim %d need more "
             "than the %d bytes of shared memory of a block on this GPU",
             a.layer->n_rows, a.n_q_heads, a.layer->n_heads, a.layer->head_dim, a.smem_bytes);
-    return done_or_raise(status, "attend", cuda_error);
+    return py_done_or_raise(status, "attend", cuda_error);
 }
 
 static PyObject *py_append(PyObject *module, PyObject *args, PyObject *kwargs) {
@@ -148,9 +146,9 @@ static PyObject *py_append(PyObject *module, PyObject *args, PyObject *kwargs) {
     lk_cuda_append_args a = {0};
     if (!PyArg_ParseTupleAndKeywords(
             args, kwargs, "O!$O&(LLL)O&(LLL)O&O&iiO&:append", names, layer_type(module), &layer,
-            to_address, &k, &k_stride[0], &k_stride[1], &k_stride[2], to_address, &v, &v_stride[0],
-            &v_stride[1], &v_stride[2], to_address, &valid, to_address, &position, &a.n_columns,
-            &a.columns_before, to_address, &stream))
+            py_to_address, &k, &k_stride[0], &k_stride[1], &k_stride[2], py_to_address, &v,
+            &v_stride[0], &v_stride[1], &v_stride[2], py_to_address, &valid, py_to_address,
+            &position, &a.n_columns, &a.columns_before, py_to_address, &stream))
         return NULL;
     int32_t cuda_error = 0;
     a.layer = &((py_layer *)layer)->layer;
@@ -164,20 +162,21 @@ static PyObject *py_append(PyObject *module, PyObject *args, PyObject *kwargs) {
     a.position = position;
     a.stream = stream;
     a.cuda_error = &cuda_error;
-    return done_or_raise(lk_cuda_append(&a), "append", cuda_error);
+    const lk_status status = lk_cuda_append(&a);
+    return py_done_or_raise(status, "append", cuda_error);
 }
 
 static PyObject *py_crop(PyObject *module, PyObject *args) {
     PyObject *layer;
     int n_columns;
     void *stream;
-    if (!PyArg_ParseTuple(args, "O!iO&:crop", layer_type(module), &layer, &n_columns, to_address,
+    if (!PyArg_ParseTuple(args, "O!iO&:crop", layer_type(module), &layer, &n_columns, py_to_address,
                           &stream))
         return NULL;
     int32_t cuda_error = 0;
     const lk_status status =
         lk_cuda_crop(&((py_layer *)layer)->layer, n_columns, stream, &cuda_error);
-    return done_or_raise(status, "crop", cuda_error);
+    return py_done_or_raise(status, "crop", cuda_error);
 }
 
 static PyObject *py_gather(PyObject *module, PyObject *args) {
@@ -185,12 +184,12 @@ static PyObject *py_gather(PyObject *module, PyObject *args) {
     int row, n_tokens;
     void *k, *v, *stream;
     if (!PyArg_ParseTuple(args, "O!iiO&O&O&:gather", layer_type(module), &layer, &row, &n_tokens,
-                          to_address, &k, to_address, &v, to_address, &stream))
+                          py_to_address, &k, py_to_address, &v, py_to_address, &stream))
         return NULL;
     int32_t cuda_error = 0;
     const lk_status status =
         lk_cuda_gather(&((py_layer *)layer)->layer, row, n_tokens, k, v, stream, &cuda_error);
-    return done_or_raise(status, "gather", cuda_error);
+    return py_done_or_raise(status, "gather", cuda_error);
 }
 
 static PyObject *py_copy_pages(PyObject *module, PyObject *args) {
@@ -199,14 +198,14 @@ static PyObject *py_copy_pages(PyObject *module, PyObject *args) {
     long long page_bytes, twin_bytes;
     void *pairs, *stream;
     if (!PyArg_ParseTuple(args, "O!O!O&iLLO&:copy_pages", layer_type(module), &to,
-                          layer_type(module), &from, to_address, &pairs, &n_pairs, &page_bytes,
-                          &twin_bytes, to_address, &stream))
+                          layer_type(module), &from, py_to_address, &pairs, &n_pairs, &page_bytes,
+                          &twin_bytes, py_to_address, &stream))
         return NULL;
     int32_t cuda_error = 0;
     const lk_status status =
         lk_cuda_copy_pages(&((py_layer *)to)->layer, &((py_layer *)from)->layer, pairs, n_pairs,
                            page_bytes, twin_bytes, stream, &cuda_error);
-    return done_or_raise(status, "copy_pages", cuda_error);
+    return py_done_or_raise(status, "copy_pages", cuda_error);
 }
 
 /* -------------------------------------------------------------------------------------------- host functions */
@@ -334,6 +333,9 @@ static PyMethodDef methods[] = {
     {"geometry", py_geometry, METH_VARARGS, "geometry(keep, n_heads, head_dim) -> (geom, page_bytes, twin_bytes)"},
     {"attend_work_bytes", py_attend_work_bytes, METH_VARARGS, "attend_work_bytes(head_dim, r, n_blocks)"},
     {"plan_parts", py_plan_parts, METH_VARARGS, "plan_parts(end, full_lo, n_kept, head_dim, sink, n_blocks)"},
+    {"learn_work_bytes", (PyCFunction)(void (*)(void))py_learn_work_bytes, METH_VARARGS | METH_KEYWORDS, "See lk_cuda_learn_work_bytes."},
+    {"learn_forward", (PyCFunction)(void (*)(void))py_learn_forward, METH_VARARGS | METH_KEYWORDS, "See lk_cuda_learn_forward."},
+    {"learn_backward", (PyCFunction)(void (*)(void))py_learn_backward, METH_VARARGS | METH_KEYWORDS, "See lk_cuda_learn_backward."},
     {"device_count", py_device_count, METH_NOARGS, "Devices that the driver shows; 0 without a driver."},
     {"device_info", py_device_info, METH_O, "Capability, blocks and shared memory of a device."},
     {"built", py_built, METH_NOARGS, "Architectures that kernels were built for."},

@@ -87,6 +87,60 @@ def attend_work_bytes(head_dim: int, r: int, n_blocks: int, /) -> int: ...
 def plan_parts(
     end: bytes, full_lo: bytes, n_kept: bytes, head_dim: int, sink: int, n_blocks: int, /
 ) -> list[tuple[int, int, int, int, int]]: ...
+
+_Strided = tuple[int, int, int, int]  # address, strides of row, head and column in elements
+_LearnSizes = tuple[int, int, int, int, int, int, int]  # B, Hq, Hkv, Lc, T, D, Dv
+
+def learn_work_bytes(*, sizes: _LearnSizes, backward: bool, n_blocks: int) -> int: ...
+def learn_forward(
+    *,
+    dtype: str,
+    sizes: _LearnSizes,
+    q: _Strided,
+    k_context: _Strided,
+    v_context: _Strided,
+    k: _Strided,
+    v: _Strided,
+    alpha: int,
+    start: int | None,
+    hidden: int | None,
+    sink: int,
+    recent: int,
+    scale: float,
+    work: int,
+    n_blocks: int,
+    smem_bytes: int,
+    stream: int,
+    o: int,
+    lse: int,
+) -> None: ...
+def learn_backward(
+    *,
+    dtype: str,
+    sizes: _LearnSizes,
+    q: _Strided,
+    k_context: _Strided,
+    v_context: _Strided,
+    k: _Strided,
+    v: _Strided,
+    alpha: int,
+    start: int | None,
+    hidden: int | None,
+    sink: int,
+    recent: int,
+    scale: float,
+    work: int,
+    n_blocks: int,
+    smem_bytes: int,
+    stream: int,
+    d_o: _Strided,
+    o: _Strided,
+    lse: int,
+    dq: int,
+    dk: int,
+    dv: int,
+    dalpha: int,
+) -> None: ...
 def device_count() -> int: ...
 def device_info(device: int, /) -> DeviceInfo: ...
 def built() -> str: ...

@@ -5,19 +5,11 @@ the bitmap of real columns, the workspace. Arguments were checked by leank.cuda.
 """
 
 import functools
-from importlib.util import find_spec
 
 import torch
 
-try:
-    from leank import _cuda
-except ImportError as error:
-    if find_spec("leank._cuda") is not None:
-        raise  # it is there, and cannot be loaded
-    raise ModuleNotFoundError(
-        "leank was built without CUDA: install it where nvcc is found, with LEANK_CUDA=1",
-        name="leank._cuda",
-    ) from error
+from leank._cuda_built import _cuda
+from leank._cuda_built import device_info as _device_info
 
 _LIBRARY = torch.library.Library("leank", "DEF")
 _LIBRARY.define(
@@ -43,11 +35,6 @@ _LIBRARY.define(
     "int[] limits) -> ()"
 )
 ops = torch.ops.leank
-
-
-@functools.cache
-def _device_info(device: int) -> dict:
-    return _cuda.device_info(device)
 
 
 @functools.cache

@@ -15,8 +15,8 @@ def eager_mixed(
     k, v = torch.cat([k_context, k], 2), torch.cat([v_context, v], 2)
     n_rows, n_heads, n_columns, _ = k.shape
     n_new, r = q.shape[2], q.shape[1] // n_heads
-    start = torch.zeros(n_rows, dtype=torch.int64) if start is None else start
-    position = torch.arange(n_columns) - start[:, None]
+    start = q.new_zeros(n_rows, dtype=torch.int64) if start is None else start
+    position = torch.arange(n_columns, device=q.device) - start[:, None]
     p, j = position[:, -n_new:, None], position[:, None, :]
     visible = (j >= 0) & (j <= p)
     window = (j < sink) | (p - j < recent)

@@ -38,7 +38,8 @@ def mixed_attention(
 
     There are gradients for `q`, for `k` and `v` of the span, and for `alpha`; the context is taken
     as constant. No array of size T x L is formed in either direction. It does not learn anything
-    by itself, and it runs on the CPU only.
+    by itself. All tensors are on the CPU, or on one CUDA device, where D is 64, 80, 96 or 128, Dv
+    is D, and the dtype is bfloat16 or float16.
 
     Parameters
     ----------
@@ -72,7 +73,9 @@ def mixed_attention(
     Notes
     -----
     Source: LeanK, arXiv 2508.02215, section 3. Results are the same bit for bit, whatever the
-    number of threads is (``torch.get_num_threads()``).
+    number of threads is (``torch.get_num_threads()``). On CUDA products are of the tensors' dtype
+    with float32 sums, a tensor whose rows are not 16-byte words in order is copied, and `start` is
+    not checked, since that would wait for the device: beyond the columns it means their end.
 
     Examples
     --------
@@ -93,11 +96,11 @@ def mixed_attention(
     _check_shape("v", shapes["v"], (n_rows, n_heads, n_columns, v_dim))
     _check_shape("k_context", shapes["k_context"], (n_rows, n_heads, n_context, head_dim))
     _check_shape("v_context", shapes["v_context"], (n_rows, n_heads, n_context, v_dim))
-    _check_small("alpha", alpha, torch.float32, (n_heads, head_dim))
+    _check_small("alpha", alpha, torch.float32, (n_heads, head_dim), q.device)
     if start is not None:
-        _check_small("start", start, torch.int64, (n_rows,))
+        _check_small("start", start, torch.int64, (n_rows,), q.device)
     if hidden is not None:
-        _check_small("hidden", hidden, torch.bool, (n_heads,))
+        _check_small("hidden", hidden, torch.bool, (n_heads,), q.device)
     if torch.is_grad_enabled():
         for name in ("k_context", "v_context"):
             if tensors[name].requires_grad:
@@ -108,14 +111,15 @@ def mixed_attention(
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor]) -> None:
-    dtype = tensors["q"].dtype
+    dtype, device = tensors["q"].dtype, tensors["q"].device
     if dtype not in _DTYPES:
         raise TypeError(f"q: expected float32, bfloat16 or float16, got {dtype}")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"q: expected a tensor on the CPU or a CUDA device, got one on {device}")
     for name, x in tensors.items():
         if x.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} as q has, got {x.dtype}")
-        if x.device.type != "cpu":
-            raise ValueError(f"{name}: expected a tensor on the CPU, got one on {x.device}")
+        _check_device(name, x, device)
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 axes, got shape {tuple(x.shape)}")
 
@@ -125,11 +129,21 @@ def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -
         raise ValueError(f"{name}: expected {expected}, got {shape}")
 
 
-def _check_small(name: str, x: torch.Tensor, dtype: torch.dtype, expected: tuple[int, ...]) -> None:
+def _check_device(name: str, x: torch.Tensor, expected: torch.device) -> None:
+    if x.device != expected:
+        raise ValueError(f"{name}: expected a tensor on {expected} as q is, got one on {x.device}")
+
+
+def _check_small(
+    name: str,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    expected: tuple[int, ...],
+    device: torch.device,
+) -> None:
     if x.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
-    if x.device.type != "cpu":
-        raise ValueError(f"{name}: expected a tensor on the CPU, got one on {x.device}")
+    _check_device(name, x, device)
     _check_shape(name, tuple(x.shape), expected)
 
 
@@ -175,6 +189,14 @@ def _forward(
     return as_tensor(o), as_tensor(lse)
 
 
+@_forward.register_kernel("cuda")
+def _forward_cuda(*args):
+    # Imported when it is needed: leank may have been built without CUDA.
+    from leank.learning import ops_cuda
+
+    return ops_cuda.forward(*args)
+
+
 @_forward.register_fake
 def _forward_fake(q, k_context, v_context, k, v, alpha, start, hidden, sink, recent, scale):
     shape = q.shape[:3]
@@ -206,6 +228,13 @@ def _backward(
         **_options(start, hidden, sink, recent, scale),
     )
     return as_tensor(dq), as_tensor(dk), as_tensor(dv), as_tensor(dalpha)
+
+
+@_backward.register_kernel("cuda")
+def _backward_cuda(*args):
+    from leank.learning import ops_cuda
+
+    return ops_cuda.backward(*args)
 
 
 @_backward.register_fake

@@ -1,9 +1,13 @@
 """Mask learning's attention, forward and backward, against the same maths in eager PyTorch.
 
 python -m tests.bench.bench_learn [--dtype float32] [--rounds 7] [--threads 2]
+python -m tests.bench.bench_learn --device cuda
 
 Checks against the eager result first. Times alternate. Extra memory is how far the resident memory
-of a fresh process rises above what inputs, outputs and gradients take, in one forward and backward.
+of a fresh process (on the GPU: torch's allocated memory) rises above what inputs, outputs and
+gradients take, in one forward and backward. On the GPU the default sizes are those of an 8B model,
+at two lengths; times are between events on the stream, after two rounds that do not count, and
+caches are as the round before left them: K and V are larger than they are.
 """
 
 import argparse
@@ -19,6 +23,16 @@ import torch
 from leank.learning import mixed_attention
 from tests.bench import lib
 
+SIZES = {
+    "cpu": {"dtype": "float32", "lengths": [8192], "q_heads": 9, "heads": 3, "dim": 64},
+    "cuda": {
+        "dtype": "bfloat16",
+        "lengths": [65536, 131072],
+        "q_heads": 32,
+        "heads": 8,
+        "dim": 128,
+    },
+}
 LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 5e-3}
 
 
@@ -28,11 +42,12 @@ def make_inputs(args: argparse.Namespace) -> list[torch.Tensor]:
     dtype = getattr(torch, args.dtype)
 
     def draw(n_heads: int, n_columns: int) -> torch.Tensor:
-        return torch.randn(args.rows, n_heads, n_columns, args.dim).to(dtype)
+        x = torch.randn(args.rows, n_heads, n_columns, args.dim, device=args.device)
+        return x.to(dtype)
 
     n_context = args.length - args.columns
     q, k, v = (draw(n, args.columns).requires_grad_() for n in (args.q_heads, *[args.heads] * 2))
-    alpha = torch.rand(args.heads, args.dim, requires_grad=True)
+    alpha = torch.rand(args.heads, args.dim, device=args.device, requires_grad=True)
     return [q, draw(args.heads, n_context), draw(args.heads, n_context), k, v, alpha]
 
 
@@ -53,11 +68,11 @@ def eager(
 
 def find_kinds(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (middle, -inf where a key is not seen), both [R * T, L]; made outside the timing."""
-    key = torch.arange(args.length)
-    query = torch.arange(args.length - args.columns, args.length)[:, None]
+    key = torch.arange(args.length, device=args.device)
+    query = key[-args.columns :, None]
     seen = key <= query
     middle = seen & (key >= args.sink) & (query - key >= args.recent)
-    bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    bias = torch.zeros(seen.shape, device=args.device).masked_fill(~seen, -torch.inf)
     R = args.q_heads // args.heads
     return middle.repeat(R, 1), bias.repeat(R, 1)
 
@@ -67,7 +82,7 @@ def make_contenders(args: argparse.Namespace) -> dict[str, Callable[[], list[tor
     inputs = make_inputs(args)
     learned = [x for x in inputs if x.requires_grad]
     kinds = find_kinds(args)
-    weights = torch.randn(args.rows, args.q_heads, args.columns, args.dim).to(inputs[0].dtype)
+    weights = torch.randn_like(inputs[0])
     window = {"sink": args.sink, "recent": args.recent}
 
     def run(forward: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
@@ -115,22 +130,80 @@ def measure_memory(args: argparse.Namespace) -> None:
     print(max(0, resident_bytes("VmHWM") - before - kept))
 
 
-def memory_of(name: str) -> int:
-    """Return what measure_memory prints in a process of its own."""
+def memory_of(name: str, args: argparse.Namespace, run: Callable[[], list[torch.Tensor]]) -> int:
+    """Return the bytes that one forward and backward needs beyond its results."""
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = sum(x.nbytes for x in run())
+        return torch.cuda.max_memory_allocated() - before - kept
+    # What measure_memory prints in a process of its own.
     command = [sys.executable, "-m", "tests.bench.bench_learn", *sys.argv[1:], "--memory-of", name]
+    command += ["--length", str(args.length)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def timed(run: Callable[[], object], device: str) -> Callable[[int], int | float]:
+    """Return what lib.alternate calls."""
+
+    def on_cuda(_: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return on_cuda if device == "cuda" else lambda _: run() and 1
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Check, time and print one length; say so where eager does not fit in memory."""
+    print(
+        f"{args.dtype}: B {args.rows}, Hq/Hkv {args.q_heads}/{args.heads}, T {args.columns}, "
+        f"L {args.length}, D {args.dim}, sink {args.sink}, recent {args.recent}; "
+        f"medians of {args.rounds} rounds, forward and backward"
+    )
+    contenders = make_contenders(args)
+    try:
+        error = check(contenders, args)
+    except torch.OutOfMemoryError as reason:
+        print(f"  eager: {str(reason).splitlines()[0]}\n  leank was not checked at this length")
+        error = None
+    if error is None:
+        del contenders["eager"]
+        torch.cuda.empty_cache()
+    times = lib.alternate(
+        {name: timed(run, args.device) for name, run in contenders.items()}, args.rounds
+    )
+    extra = {name: memory_of(name, args, run) for name, run in contenders.items()}
+    n_pairs = args.rows * args.q_heads * args.columns * (args.length - args.columns / 2)
+    for name in contenders:
+        rate = 10 * args.dim * n_pairs / times[name].median / 1e12
+        print(
+            f"  {name:6s} {times[name]}   {rate:.2f} TFLOP/s of the 5 products that are needed   "
+            f"extra memory {extra[name] / 2**20:.1f} MiB"
+        )
+    if error is not None:
+        print(
+            f"  leank takes {times['leank'].median / times['eager'].median:.3f} of the time of "
+            f"eager and {extra['leank'] / max(1, extra['eager']):.3f} of its extra memory; "
+            f"largest difference {error:.1e} of the largest value"
+        )
 
 
 def main() -> None:
     """Check, time, measure memory, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="float32", choices=LARGEST_ERROR)
+    parser.add_argument("--device", default="cpu", choices=SIZES)
+    parser.add_argument("--dtype", choices=LARGEST_ERROR)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--columns", type=int, default=256, help="T")
-    parser.add_argument("--length", type=int, default=8192, help="L, context and span")
-    parser.add_argument("--q-heads", type=int, default=9)
-    parser.add_argument("--heads", type=int, default=3)
-    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--length", type=int, help="L, context and span")
+    parser.add_argument("--q-heads", type=int)
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--dim", type=int)
     parser.add_argument("--sink", type=int, default=64)
     parser.add_argument("--recent", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
@@ -138,31 +211,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory-of", choices=("leank", "eager"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    sizes = SIZES[args.device]
+    for name, default in sizes.items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, default)
+    lengths = sizes["lengths"] if args.length is None else [args.length]
     torch.set_num_threads(args.threads)
     if args.memory_of:
         measure_memory(args)
         return
     machine = lib.machine(args.threads, args.seed)
+    if args.device == "cuda":
+        machine |= lib.gpu()
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
-    print(
-        f"{args.dtype}: B {args.rows}, Hq/Hkv {args.q_heads}/{args.heads}, T {args.columns}, "
-        f"L {args.length}, D {args.dim}, sink {args.sink}, recent {args.recent}; "
-        f"medians of {args.rounds} rounds, forward and backward"
-    )
-    contenders = make_contenders(args)
-    error = check(contenders, args)
-
-    def timed(run: Callable[[], object]) -> Callable[[int], int]:
-        return lambda _: run() and 1
-
-    times = lib.alternate({name: timed(run) for name, run in contenders.items()}, args.rounds)
-    extra = {name: memory_of(name) for name in contenders}
-    for name in contenders:
-        print(f"  {name:6s} {times[name]}   extra memory {extra[name] / 2**20:.1f} MiB")
-    print(
-        f"  leank takes {times['leank'].median / times['eager'].median:.3f} of the time of eager; "
-        f"largest difference {error:.1e} of the largest value"
-    )
+    for length in lengths:
+        measure(argparse.Namespace(**vars(args) | {"length": length}))
 
 
 if __name__ == "__main__":

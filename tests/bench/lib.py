@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -40,6 +41,9 @@ def last_level_cache_bytes() -> int:
 def commit() -> str:
     """Return the short commit, with a plus sign when the tree has changes."""
 
+    if shutil.which("git") is None:
+        return "unknown"
+
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
@@ -60,6 +64,20 @@ def machine(n_threads: int, seed: int) -> dict[str, object]:
         **{f"leank_{key}": value for key, value in leank.capabilities().items()},
         "commit": commit(),
         "seed": seed,
+    }
+
+
+def gpu() -> dict[str, object]:
+    """Return what there is to say about the GPU."""
+    driver = "unknown (no nvidia-smi)"
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        driver = done.stdout.strip().partition("\n")[0] or "unknown"
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": torch.version.cuda,
     }
 
 
