@@ -79,6 +79,10 @@ class Batch(NamedTuple):
     start: torch.Tensor
     weights: torch.Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the same on a device."""
+        return Batch(*(x.to(device) for x in self))
+
 
 class Samples(Sequence):
     """The n samples of a part, a seed and these options; made when they are asked for.

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from leank.learning.data import Batch
 from leank.learning.ops import mixed_attention
-from leank.models import Layout, inspect_model
+from leank.models import Layout, inspect_structure
 
 _NAME = "leank_learn"
 
@@ -36,6 +36,12 @@ class Dense:
     target: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that it holds."""
+        tensors = (self.target, *self.keys, *self.values)
+        return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
 @dataclass(frozen=True)
@@ -86,22 +92,32 @@ class SpanModel:
     Parameters
     ----------
     model : nn.Module
-        What `leank.patch` accepts; its weights get no gradient any more.
+        What `leank.patch` accepts, on the CPU or on one GPU; its weights get no gradient any more.
     sink, recent : int
         Tokens at the start and at the end that keep every channel.
     chunk : int
         Columns of the context that are prefilled at once, so that memory is linear in Lc.
 
+    Attributes
+    ----------
+    device : torch.device
+        Where the weights are, and where batches and factors have to be.
+
     Raises
     ------
     TypeError, ValueError
-        As `leank.patch`.
+        As `leank.patch`; or the weights are on several devices.
     """
 
     def __init__(self, model: nn.Module, *, sink: int, recent: int, chunk: int = 2048) -> None:
         if chunk < 1:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
-        self.layout: Layout = inspect_model(model)
+        self.layout: Layout = inspect_structure(model)
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) != 1:
+            names = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"model: expected all weights on one device, got {names}")
+        self.device = devices.pop()
         self.window = {"sink": sink, "recent": recent}
         self.chunk = chunk
         self.base = model.model
@@ -179,5 +195,10 @@ def loss_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
 
     Source: LeanK, arXiv 2508.02215, section 3.2.
     """
+    return error_of(out, dense, batch) / batch.weights.sum()
+
+
+def error_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
+    """Return the weighted sum over tokens whose mean `loss_of` is, float32."""
     error = (out.float() - dense.target.float()).square().mean(-1)
-    return (error * batch.weights).sum() / batch.weights.sum()
+    return (error * batch.weights).sum()
