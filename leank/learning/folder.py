@@ -37,10 +37,8 @@ class RunFolder:
         self.path = path
         self.state_path = path / "state.pt"
         self.log_path = path / "log.jsonl"
-        self._log: BinaryIO | None = None
-        if writes:
-            path.mkdir(parents=True, exist_ok=True)
-            self._log = open(self.log_path, "ab")
+        self._writes = writes
+        self._log: BinaryIO | None = None  # open after `begin`, where it is to be written
 
     def load(self) -> dict[str, Any] | None:
         """Return the last state; None if there is none."""
@@ -48,8 +46,10 @@ class RunFolder:
 
     def begin(self, state: dict[str, Any] | None, header: dict[str, Any]) -> None:
         """Cut the log to a state; or forget the run that was here, and begin the log."""
-        if self._log is None:
+        if not self._writes:
             return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._log = open(self.log_path, "ab")
         if state is not None:
             self._log.truncate(state["log_bytes"])
             return
