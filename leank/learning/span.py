@@ -31,16 +31,20 @@ class Dense:
         Last hidden states of the span.
     keys, values : lists of N tensors [B, Hkv, Lc, D]
         Of the context, after rotary embedding.
+    span_keys, span_values : lists of N tensors [B, Hkv, T, D]
+        Of the span's columns.
     """
 
     target: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    span_keys: list[torch.Tensor]
+    span_values: list[torch.Tensor]
 
     @property
     def n_bytes(self) -> int:
         """Memory that it holds."""
-        tensors = (self.target, *self.keys, *self.values)
+        tensors = (self.target, *self.keys, *self.values)  # those of the span share their storage
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
@@ -52,12 +56,16 @@ class _Run:
     alpha: torch.Tensor
     hidden: torch.Tensor | None
     start: torch.Tensor
+    context: torch.Tensor | None  # [B, 1, T, 1], True where a column of the span is context
     window: dict[str, int]
 
 
 def _attention(module, query, key, value, attention_mask, *, scaling, leank_run: _Run, **kwargs):
     """Attention of one layer, as transformers calls it; returns [B, T, Hq, D]."""
     i, run = module.layer_idx, leank_run
+    if run.context is not None:
+        key = torch.where(run.context, run.dense.span_keys[i], key)
+        value = torch.where(run.context, run.dense.span_values[i], value)
     out = mixed_attention(
         query,
         run.dense.keys[i],
@@ -152,6 +160,8 @@ class SpanModel:
             out.last_hidden_state,
             [layer.keys[:, :, :n_context] for layer in cache.layers],
             [layer.values[:, :, :n_context] for layer in cache.layers],
+            [layer.keys[:, :, n_context:] for layer in cache.layers],
+            [layer.values[:, :, n_context:] for layer in cache.layers],
         )
 
     def mixed(
@@ -176,11 +186,14 @@ class SpanModel:
         Returns
         -------
         tensor [B, T, hidden]
-            Last hidden states.
+            Last hidden states; of columns that are context, they mean nothing.
         """
         n_context, n_span = batch.context.shape[1], batch.span.shape[1]
         columns = torch.arange(n_context, n_context + n_span, device=batch.span.device)
-        run = _Run(dense, alpha, hidden, batch.start, self.window)
+        context = None
+        if batch.begin is not None:
+            context = (columns - n_context < batch.begin[:, None])[:, None, :, None]
+        run = _Run(dense, alpha, hidden, batch.start, context, self.window)
         with use_attention(self.layout, _NAME):
             return self.base(
                 input_ids=batch.span,
