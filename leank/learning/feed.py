@@ -11,7 +11,7 @@ from typing import Any
 
 from leank.learning.data import Batch, Sample, Samples, collate
 from leank.learning.parallel import World, share
-from leank.learning.tasks import ALL_KINDS, CONTINUATION, KINDS
+from leank.learning.tasks import ALL_KINDS, CONTINUATION
 from leank.learning.text import Corpus, DataError, default_text, read_text, split
 
 LONGEST = 8192  # tokens of the default lengths, at most: a longer context costs time and no mask
@@ -95,7 +95,7 @@ class Feed:
         self.test: Sequence[Sample] = ()
         if settings.n_test > 0:
             # A continuation has no answer that could be right or wrong.
-            kinds = [kind for kind in settings.kinds if kind != CONTINUATION] or list(KINDS)
+            kinds = [k for k in settings.kinds if k != CONTINUATION] or settings.kinds
             common |= {"kinds": kinds, "weights": None}
             self.test = Samples(self.corpus, "test", tokenizer, n=settings.n_test, **common)
 
@@ -103,7 +103,9 @@ class Feed:
         """Return what makes the batch of a step, of a process's own samples."""
         size = self.settings.batch_size
         if size < world.size:
-            raise DataError(f"batch_size: expected at least {world.size} processes, got {size}")
+            raise DataError(
+                f"batch_size: expected at least {world.size}, one per process, got {size}"
+            )
         n_steps = len(self.train) // size
 
         def make(step: int) -> Batch:
