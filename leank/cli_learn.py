@@ -278,6 +278,7 @@ def _learn(model: Any, plan: Plan) -> None:
     if run.world.rank == 0:
         for target, mask in masks.items():
             typer.echo(_line(plan, target, mask))
+    run.world.leave()
 
 
 def _line(plan: Plan, target: Target, mask: ChannelMask) -> str:

@@ -4,6 +4,8 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import leank
+
 from .tiny_models import VOCAB, tiny
 
 WORDS = "the cat sat on a mat and saw how the moon went over hills while rain fell in town".split()
@@ -34,10 +36,10 @@ def character_tokenizer(extra=0):
 
 
 def write_text(path, seed=0):
-    """Write 150 kB of sentences, none of which is like another."""
+    """Write 45 kB of sentences, none of which is like another."""
     rng = np.random.default_rng(seed)
     lines = []
-    for i in range(1500):
+    for i in range(500):
         lines.append(" ".join(rng.choice(WORDS, 15)) + f" {rng.integers(10**9)} times.")
         lines += [""] * (i % 5 == 4)
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -49,3 +51,9 @@ def write_model(folder, **options):
     tiny(**options).save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     return folder
+
+
+def learn(text, ratio=0.5, align=8, model=None, **options):
+    """Learn a mask for the tiny model from a text file."""
+    options = OPTIONS | {"text": (text,)} | options
+    return leank.learn(model or tiny(), character_tokenizer(), ratio, align, **options)

@@ -12,55 +12,53 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import leank  # noqa: E402
+from leank.learning import DataError, DataSettings  # noqa: E402
+from leank.learning import run as run_module  # noqa: E402
+from leank.learning.feed import Feed  # noqa: E402
 from leank.learning.folder import read_state  # noqa: E402
 from leank.learning.parallel import Alone, share  # noqa: E402
 
-from .learn_run_tools import OPTIONS, character_tokenizer, write_text  # noqa: E402
-from .tiny_models import tiny  # noqa: E402
+from .learn_run_tools import OPTIONS, character_tokenizer, learn, write_text  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 # Three samples a step and five batches: the processes have unequal shares.
 CHANGES = {"batch_size": 3, "n_validation": 14, "stage1_steps": 4, "stage2_steps": 4}
 
 
-def test_two_processes_give_the_result_of_one(tmp_path):
-    text = write_text(tmp_path / "text.txt")
+def test_two_processes_give_the_result_of_one(monkeypatch, tmp_path):
+    """They go on after the first step, which one process did."""
+    options = OPTIONS | CHANGES | {"text": str(write_text(tmp_path / "text.txt"))}
+    monkeypatch.setattr(run_module, "_SAVE_STEPS", 1)
+
+    def stop(event):
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        learn(**options, output=tmp_path / "two", progress=stop)
     (tmp_path / "work.py").write_text(f"""if True:
-        import sys, torch, leank
-        from tests.learn_run_tools import OPTIONS, character_tokenizer
-        from tests.tiny_models import tiny
-        options = OPTIONS | {CHANGES} | {{"text": (sys.argv[1],), "output": sys.argv[2]}}
-        seen = []
-        stop = int(sys.argv[3])
-        def progress(event):  # called in the first process only
-            if event.n_done == stop:
-                sys.exit("stopped")
-        mask = leank.learn(
-            tiny(), character_tokenizer(), 0.5, 8, resume=True, progress=progress, **options
-        )
-        rank = torch.distributed.get_rank()
+        import torch
+        from pathlib import Path, PosixPath
+        from leank.learning.parallel import find_world
+        from tests.learn_run_tools import learn
+        output = Path({str(tmp_path / "two")!r})
+        mask = learn(**{options}, output=output, resume=True)
         assert torch.distributed.get_world_size() == 2
-        mask.save(sys.argv[2] + f".{{rank}}")
-        torch.distributed.destroy_process_group()
+        mask.save(output.with_name(f"two.{{torch.distributed.get_rank()}}"))
+        find_world("cpu").leave()
         """)
-
-    def work(stop):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node=2", tmp_path / "work.py", text, tmp_path / "two", str(stop)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-        )
-
-    stopped = work(stop=5)
-    assert stopped.returncode != 0 and "stopped" in stopped.stderr, stopped.stderr
-    assert not (tmp_path / "two").exists()
-    done = work(stop=-1)  # the other process went on from the same state
+    done = subprocess.run(
+        [*f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2".split()]
+        + [tmp_path / "work.py"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     two = [leank.ChannelMask.load(tmp_path / name) for name in ("two", "two.0", "two.1")]
     assert two[0] == two[1] == two[2]
-    options = OPTIONS | CHANGES | {"text": (text,), "output": tmp_path / "one"}
-    one = leank.learn(tiny(), character_tokenizer(), 0.5, 8, **options)
+    one = learn(**options, output=tmp_path / "one")
     assert (one.keep == two[0].keep).all()
     states = [
         read_state(tmp_path / f"{name}.run" / "state.pt")["done"][0] for name in ("one", "two")
@@ -86,9 +84,6 @@ def test_shares_are_all_there_is():
 def test_more_processes_than_samples_are_refused(tmp_path):
     world = Alone()
     world.size = 3
-    from leank.learning.feed import DataSettings, Feed
-    from leank.learning.text import DataError
-
     settings = DataSettings(
         lengths=300, batch_size=2, kinds=("continuation",), text=(write_text(tmp_path / "t"),)
     )

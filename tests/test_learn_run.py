@@ -1,6 +1,5 @@
 """leank.learn: masks and their metadata, several targets, resuming, divergence, two processes."""
 
-import dataclasses
 import json
 import os
 import re
@@ -17,12 +16,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import leank  # noqa: E402
-from leank.learning import DataError, DivergedError, LearnError, ResumeError  # noqa: E402
+from leank.learning import DivergedError, ResumeError  # noqa: E402
 from leank.learning import run as run_module  # noqa: E402
 from leank.learning.feed import Feed  # noqa: E402
 from leank.learning.folder import read_state  # noqa: E402
 
-from .learn_run_tools import OPTIONS, character_tokenizer, write_text  # noqa: E402
+from .learn_run_tools import OPTIONS, character_tokenizer, learn, write_text  # noqa: E402
 from .tiny_models import tiny  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,11 +31,6 @@ N_TOTAL = OPTIONS["stage1_steps"] + OPTIONS["stage2_steps"]
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-def learn(text, ratio=0.5, align=8, model=None, **options):
-    options = OPTIONS | {"text": (text,)} | options
-    return leank.learn(model or tiny(), character_tokenizer(), ratio, align, **options)
 
 
 @pytest.fixture(scope="module")
@@ -345,67 +339,3 @@ def test_divergence_saves_the_last_good_mask(monkeypatch, text, tmp_path, step):
     mask = leank.ChannelMask.load(output)
     assert mask == caught.value.mask and mask.ratio == 0.5
     assert mask.method.endswith(f"then it diverged: {stage}")
-
-
-# ----------------------------------------------------------------------- mistakes, before the work
-
-
-@pytest.mark.parametrize(
-    "change, kind, message",
-    [
-        ({"ratio": 1.5}, LearnError, "ratio"),
-        ({"align": 12}, LearnError, "align"),
-        ({"align": 24}, LearnError, "align"),
-        ({"lr": -1}, LearnError, "lr: expected 0 to 1, got -1"),
-        ({"budget": "v"}, LearnError, "budget: expected k or kv, got 'v'"),
-        ({"sink": -1}, LearnError, "sink: expected at least 0, got -1"),
-        ({"recent": 300}, DataError, "lengths: expected more than the 304 tokens of the window"),
-        ({"lengths": (260, 2000)}, DataError, "at most 1,024 tokens, the model's context"),
-        ({"lengths": (500, 400)}, DataError, "lengths: expected 1 <= least <= greatest"),
-        ({"kinds": ("none",)}, DataError, "kinds"),
-        ({"weights": (1,)}, DataError, "weights: expected 2 numbers"),
-        ({"batch_size": 0}, DataError, "batch_size: expected at least 1"),
-        (
-            {"start": "nowhere"},
-            LearnError,
-            "start: expected ones, moments, .*: No such file",
-        ),
-        ({"resume": True}, LearnError, "folder: expected one, or an output"),
-        ({"output": "/proc/none/m"}, LearnError, "output: cannot write to /proc/none"),
-        ({"output": "{name}"}, LearnError, "output: expected no fields but {ratio} and {align}"),
-        ({"output": "."}, LearnError, "output: expected a file, got the folder"),
-        ({"report": True, "folder": "x"}, LearnError, "report: needs leank.learning.evaluate"),
-    ],
-)
-def test_mistakes_are_named_before_any_work(monkeypatch, text, change, kind, message):
-    monkeypatch.setattr(run_module, "Learner", None)
-    monkeypatch.setitem(sys.modules, "leank.learning.evaluate", None)
-    with pytest.raises(kind, match=message) as caught:
-        learn(text, **change)
-    assert "\n" not in str(caught.value)
-
-
-def test_models_and_tokenizers_that_do_not_fit(text, tmp_path):
-    options = OPTIONS | {"text": (text,)}
-    with pytest.raises(LearnError, match="at most 97 tokens, as the model's embedding has, got 99"):
-        leank.learn(tiny(), character_tokenizer(extra=2), 0.5, 8, **options)
-    with pytest.raises(LearnError, match="model: expected one of LlamaForCausalLM"):
-        learn(text, model=torch.nn.Linear(2, 2))
-    short = tmp_path / "short.txt"
-    short.write_text("one two three")
-    with pytest.raises(DataError, match="text: expected enough for passages"):
-        learn(short)
-    for factors in (np.ones((3, 2, 8)), np.full((3, 2, 16), 2.0)):
-        np.save(tmp_path / "alpha.npy", factors)
-        with pytest.raises(LearnError, match=r"start: expected factors .* shape \(3, 2, 16\)"):
-            learn(text, start=tmp_path / "alpha.npy")
-    with pytest.raises(LearnError, match="output: expected the fields {ratio} and {align}"):
-        leank.learn_many(tiny(), character_tokenizer(), [0.5, 0.7], [8], output="m", **options)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
-        learn(text, steps=3)
-
-
-def test_options_are_documented():
-    for kind in (leank.learning.Request, leank.learning.DataSettings, leank.learning.Settings):
-        for field in dataclasses.fields(kind):
-            assert re.search(rf"^    .*\b{field.name}\b.* : |\b{field.name}\b", kind.__doc__)

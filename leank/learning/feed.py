@@ -33,7 +33,7 @@ class DataSettings:
         Some of `leank.learning.tasks.ALL_KINDS`.
     weights : sequence of float, optional
         How often each kind is drawn, relative to the others; equally often by default.
-    text : sequence of path
+    text : path or sequence of path
         UTF-8 text files; default: text that ships with Python.
     seed : int
     n_validation, n_test : int
@@ -44,7 +44,7 @@ class DataSettings:
     batch_size: int = 4
     kinds: tuple[str, ...] = ALL_KINDS
     weights: tuple[float, ...] | None = None
-    text: tuple[str | Path, ...] = ()
+    text: str | Path | tuple[str | Path, ...] = ()
     seed: int = 0
     n_validation: int = 32
     n_test: int = 64
@@ -84,7 +84,8 @@ class Feed:
             if getattr(settings, name) < 1:
                 raise DataError(f"{name}: expected at least 1, got {getattr(settings, name)}")
         self.lengths = _lengths(settings.lengths, window, context)
-        self.corpus: Corpus = split(read_text(settings.text) if settings.text else default_text())
+        files = [settings.text] if isinstance(settings.text, str | Path) else settings.text
+        self.corpus: Corpus = split(read_text(files) if files else default_text())
         common = {"kinds": settings.kinds, "weights": settings.weights, "lengths": self.lengths}
         common["seed"] = settings.seed
         n_train = max(1, n_steps) * settings.batch_size

@@ -25,6 +25,9 @@ class World(Protocol):
     def wait(self) -> None:
         """Return when all processes have called it."""
 
+    def leave(self) -> None:
+        """End the work with the others."""
+
 
 class Alone:
     """One process."""
@@ -37,6 +40,9 @@ class Alone:
 
     def wait(self) -> None:
         """Return at once."""
+
+    def leave(self) -> None:
+        """Do nothing."""
 
 
 class Processes:
@@ -76,6 +82,10 @@ class Processes:
     def wait(self) -> None:
         """Return when all processes have called it."""
         self.sum(torch.zeros(1))
+
+    def leave(self) -> None:
+        """End torch.distributed, which warns of processes that do not."""
+        torch.distributed.destroy_process_group()
 
 
 def local_rank() -> int:
