@@ -88,6 +88,19 @@ def learn(
             rich_help_panel=_STAGES,
         ),
     ] = 0.0,
+    fade: Annotated[
+        float,
+        typer.Option(
+            help="Share of stage 2 in which factors turn into the mask.", rich_help_panel=_STAGES
+        ),
+    ] = 0.0,
+    live: Annotated[
+        float,
+        typer.Option(
+            help="With --budget kv: what a live head is worth, in channels.",
+            rich_help_panel=_STAGES,
+        ),
+    ] = 0.0,
     zero_every: Annotated[
         int,
         typer.Option(
@@ -209,6 +222,8 @@ def learn(
             stage2_lr=stage2_lr,
             penalty=penalty,
             gradual=gradual,
+            fade=fade,
+            live=live,
             zero_every=zero_every,
             validate_every=validate_every,
             start=start,

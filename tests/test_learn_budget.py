@@ -83,6 +83,14 @@ def test_emptying_a_head_pays_where_it_is_nearly_empty():
     assert keep.sum(-1)[0, 3] == 0 and keep.any(-1).sum() == 2 and keep.sum() == 64
 
 
+def test_live_heads_can_be_worth_more_than_their_channels():
+    scores = np.full((1, 4, 32), 0.5, np.float32)
+    n_live = [
+        choose_channels(scores, 0.3, 8, "kv", live).any(-1).sum() for live in (0.0, 4.0, 12.0, 99.0)
+    ]
+    assert n_live == sorted(n_live) and n_live[0] == 3 and n_live[-1] == 4
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -160,6 +160,19 @@ def test_a_gradual_ratio_rises_to_the_budget(monkeypatch):
     assert one.best.keep.mean() == 0.5  # validated at the budget also while the ratio rises
 
 
+def test_a_fading_stage_2_begins_with_the_forward_of_stage_1():
+    settings = dataclasses.replace(SETTINGS, fade=0.5, stage1_steps=0)
+    assert [settings.softness_of(i) for i in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    one, other = (
+        learner(settings, start=random_alpha()),
+        learner(dataclasses.replace(settings, stage1_steps=8, penalty=0.0), start=random_alpha()),
+    )
+    steps, first = list(one.run()), next(iter(other.run()))
+    assert steps[0].loss == first.loss
+    # From the mask on, it is what is validated.
+    assert one.best.loss == one.validation.loss(one.best.keep)
+
+
 def test_it_starts_from_given_factors():
     start = random_alpha().numpy()
     one = learner(start=start)

@@ -16,7 +16,11 @@ BUDGETS = ("k", "kv")
 
 
 def choose_channels(
-    scores: npt.NDArray[np.float32], ratio: float, align: int, budget: str = "k"
+    scores: npt.NDArray[np.float32],
+    ratio: float,
+    align: int,
+    budget: str = "k",
+    live: float = 0.0,
 ) -> npt.NDArray[np.bool_]:
     """Return the mask with the largest sum of scores that meets a budget.
 
@@ -32,6 +36,8 @@ def choose_channels(
     align : int
         Block size, a divisor of D.
     budget : {"k", "kv"}
+    live : float, default 0
+        For "kv": added to the sum for each head that keeps any channel.
 
     Returns
     -------
@@ -67,7 +73,7 @@ def choose_channels(
     blocks = blocks.reshape(n_layers * n_heads, head_dim // align, align).sum(-1)
     # A tiny step up, since 2 * 6 * 4 * (1 - 0.7) is 14.399999999999999 where it should be 14.4.
     n_blocks = int(2 * blocks.size * (1 - ratio) * (1 + 1e-12))
-    widths = _fill(blocks, n_blocks).reshape(n_layers, n_heads, 1) * align
+    widths = _fill(blocks, n_blocks, live).reshape(n_layers, n_heads, 1) * align
     keep = np.zeros(scores.shape, bool)
     np.put_along_axis(keep, order, np.arange(head_dim) < widths, -1)
     return keep
@@ -84,7 +90,7 @@ def kv_kept(keep: npt.NDArray[np.bool_]) -> float:
     return (float(keep.mean()) + float(keep.any(-1).mean())) / 2
 
 
-def _fill(blocks: npt.NDArray[np.float64], budget: int) -> npt.NDArray[np.int64]:
+def _fill(blocks: npt.NDArray[np.float64], budget: int, live: float) -> npt.NDArray[np.int64]:
     """Return how many of its blocks each head keeps: the best choice, by dynamic programming.
 
     Parameters
@@ -93,6 +99,8 @@ def _fill(blocks: npt.NDArray[np.float64], budget: int) -> npt.NDArray[np.int64]
         Sums of scores, the largest of a head first.
     budget : int
         Blocks in all; a head that keeps any of K pays m more for its V.
+    live : float
+        Gain of a head that keeps any.
 
     Returns
     -------
@@ -104,7 +112,7 @@ def _fill(blocks: npt.NDArray[np.float64], budget: int) -> npt.NDArray[np.int64]
     blocks.
     """
     n_heads, m = blocks.shape
-    gains = np.concatenate([np.zeros((n_heads, 1)), np.cumsum(blocks, 1)], 1)
+    gains = np.concatenate([np.zeros((n_heads, 1)), live + np.cumsum(blocks, 1)], 1)
     # best[c]: the largest sum of the heads so far at a cost of exactly c.
     best = np.full(budget + 1, -np.inf)
     best[0] = 0

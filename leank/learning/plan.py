@@ -189,7 +189,8 @@ class Plan:
             f"leank {leank.__version__} learn, ratio {target.ratio:g} of {s.budget}, "
             f"align {target.align}, start {r.start}; stage 1: {s.stage1_steps} steps, lr {s.lr:g}, "
             f"penalty {s.penalty:g}; stage 2: {s.stage2_steps} steps, lr {s.stage2_lr:g}, "
-            f"gradual {s.gradual:g}, zero_every {s.zero_every}; batches of {d.batch_size}, "
+            f"gradual {s.gradual:g}, fade {s.fade:g}, live {s.live:g}, "
+            f"zero_every {s.zero_every}; batches of {d.batch_size}, "
             f"{low} to {high} tokens, kinds {', '.join(d.kinds)}, weights {d.weights}, "
             f"seed {d.seed}, text {self.feed.corpus.digest}; {result}"
         )

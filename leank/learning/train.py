@@ -53,6 +53,12 @@ class Settings:
         lambda, the weight of mean |alpha| in stage 1.
     gradual : float
         Share of the steps of stage 2 during which the ratio rises from 0.8 of itself; 0: none.
+    fade : float
+        Share of the steps of stage 2 during which the forward moves from the factors, which stage 1
+        ended with, to the mask; empty heads see middle keys until then. 0: none.
+    live : float
+        For the budget "kv": what keeping a head alive is worth beside its channels, in channels of
+        factor 1. Factors tell what channels are worth, not what an empty head costs.
     zero_every : int
         In each so-manyth step of stage 2 heads without a channel see middle keys with logit 0, so
         that they get a gradient and may come back; 0: never.
@@ -69,6 +75,8 @@ class Settings:
     stage2_lr: float = 0.005
     penalty: float = 0.06
     gradual: float = 0.0
+    fade: float = 0.0
+    live: float = 0.0
     zero_every: int = 4
     validate_every: int = 25
 
@@ -78,8 +86,8 @@ class Settings:
             _check(name, getattr(self, name), 0)
         _check("validate_every", self.validate_every, 1)
         _check("penalty", self.penalty, 0)
-        _check("gradual", self.gradual, 0, 1)
-        for name in ("lr", "stage2_lr"):
+        _check("live", self.live, 0)
+        for name in ("gradual", "fade", "lr", "stage2_lr"):
             _check(name, getattr(self, name), 0, 1)
 
     def ratio_of(self, step: int) -> float:
@@ -88,6 +96,11 @@ class Settings:
         if step >= n_rising:
             return self.ratio
         return self.ratio * (EASY + (1 - EASY) * step / n_rising)
+
+    def softness_of(self, step: int) -> float:
+        """Return how far the forward of a step of stage 2 is from the mask, 1 to 0."""
+        n_fading = self.fade * self.stage2_steps
+        return 1 - step / n_fading if step < n_fading else 0.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,8 @@ class Learner:
         """Return the mask [N, Hkv, D] that meets the budget exactly for the alphas of now."""
         s = self.settings
         scores = self.alpha.detach().cpu().numpy()
-        return choose_channels(scores, s.ratio if ratio is None else ratio, s.align, s.budget)
+        ratio = s.ratio if ratio is None else ratio
+        return choose_channels(scores, ratio, s.align, s.budget, s.live)
 
     def run(self) -> Iterator[Step]:
         """Go on with both stages to their end; yield after each step, when the state is complete.
@@ -235,11 +249,12 @@ class Learner:
         else:
             keep = self.choose(self.settings.ratio_of(step))
             keep = torch.tensor(keep, device=self.model.device)
-            # The mask goes forward, its gradient to alpha: straight through. The difference is
-            # exactly 0.
-            factor = keep.float() + (self.alpha - self.alpha.detach())
-            every = self.settings.zero_every
-            hidden = None if every and (step + 1) % every == 0 else ~keep.any(-1)
+            soft, every = self.settings.softness_of(step), self.settings.zero_every
+            factor = torch.lerp(keep.float(), self.alpha.detach(), soft)
+            # That goes forward, its gradient to alpha: straight through. The difference is 0.
+            factor = factor + (self.alpha - self.alpha.detach())
+            seen = soft > 0 or (every and (step + 1) % every == 0)
+            hidden = None if seen else ~keep.any(-1)
             out = self.model.mixed(batch, dense, factor, hidden)
         # The loss is a mean over the tokens of all processes: their sums are added, then divided.
         weight = self.world.sum(batch.weights.sum())
