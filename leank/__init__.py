@@ -15,11 +15,14 @@ from leank.masks import ChannelMask, MaskFileError
 if TYPE_CHECKING:
     from leank._patch import make_cache, patch, unpatch
     from leank.cache import LeanKCache
+    from leank.learning.run import learn, learn_many
 
 __version__ = "0.1.0"
 
 _NEEDS_TORCH = {
     "LeanKCache": "leank.cache",
+    "learn": "leank.learning.run",
+    "learn_many": "leank.learning.run",
     "make_cache": "leank._patch",
     "patch": "leank._patch",
     "unpatch": "leank._patch",
@@ -33,6 +36,8 @@ __all__ = [
     "MaskFileError",
     "capabilities",
     "decode",
+    "learn",
+    "learn_many",
     "make_cache",
     "patch",
     "unpatch",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from leank.cli_learn import learn
+
 if TYPE_CHECKING:
     from leank.bench.work import Options, Work
 
@@ -20,6 +22,7 @@ app = typer.Typer(
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure LeanK on this machine.")
 app.add_typer(bench)
+app.command()(learn)
 
 
 class DType(enum.StrEnum):

@@ -20,6 +20,7 @@ from rich.console import Console
 import leank
 from leank import demo_text, smollm2
 from leank.demo_measure import TIMED_STEPS, Bars, Measured, measure
+from leank.loading import quiet, reason
 
 _MASK = "data/smollm2-135m-start.safetensors"
 _MODEL = "SmolLM2-135M-Instruct"
@@ -70,7 +71,7 @@ def run(options: Options, bars: Console) -> Result:
     """
     text, question = _text_and_question(options)
     mask = _mask(options)
-    with _threads(options.threads), _quiet(), Bars(bars) as drawn:
+    with _threads(options.threads), quiet(), Bars(bars) as drawn:
         with drawn.bar("Loading the model", 1):
             model, tokenizer = _model(options)
         head, tail = encode(tokenizer, text, question)
@@ -78,7 +79,7 @@ def run(options: Options, bars: Console) -> Result:
         try:
             patched = leank.patch(model, mask)
         except (TypeError, ValueError) as error:
-            raise DemoError(_reason(error)) from error
+            raise DemoError(reason(error)) from error
         with patched, torch.inference_mode():
             measured = measure(patched, tokenizer, head, tail, options.max_new_tokens, drawn)
         n_threads = torch.get_num_threads()
@@ -105,7 +106,7 @@ def _text_and_question(options: Options) -> tuple[str, str]:
         try:
             text = options.text.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise DemoError(f"text: {options.text}: {_reason(error)}") from error
+            raise DemoError(f"text: {options.text}: {reason(error)}") from error
         if not text:
             raise DemoError(f"text: expected some text, got nothing in {options.text}")
     question = default if options.question is None else options.question.strip()
@@ -129,7 +130,7 @@ def _mask(options: Options) -> leank.ChannelMask:
     except leank.MaskFileError as error:
         raise DemoError(f"mask: {error}") from error
     except OSError as error:
-        raise DemoError(f"mask: {options.mask}: {_reason(error)}") from error
+        raise DemoError(f"mask: {options.mask}: {reason(error)}") from error
     given = {"sink": options.sink, "recent": options.recent}
     mask = dataclasses.replace(mask, **{k: n for k, n in given.items() if n is not None})
     missing = [f"--{name}" for name in given if getattr(mask, name) is None]
@@ -146,7 +147,7 @@ def _model(options: Options) -> tuple[Any, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     # How transformers says that there is no such model, or that it needs another package.
     except (ImportError, OSError, ValueError) as error:
-        raise DemoError(f"model: {options.model or _MODEL}: {_reason(error)}") from error
+        raise DemoError(f"model: {options.model or _MODEL}: {reason(error)}") from error
     return model.eval(), tokenizer
 
 
@@ -180,14 +181,6 @@ def _check_length(model: Any, n_head: int, n_tail: int, max_new_tokens: int) -> 
         )
 
 
-def _reason(error: Exception) -> str:
-    """Return the first line of a message; of the system's errors, what is wrong without where."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 @contextlib.contextmanager
 def _threads(n: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -196,18 +189,3 @@ def _threads(n: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave the terminal to our own bars."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

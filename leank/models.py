@@ -38,12 +38,33 @@ class Layout:
 
 def inspect_model(model: nn.Module) -> Layout:
     """
-    Check that a model can be patched and return its layout.
+    Check that a model can be patched, also where it is, and return its layout.
+
+    Parameters and the rest of the exceptions are those of `inspect_structure`.
+
+    Raises
+    ------
+    ValueError
+        As `inspect_structure`; or a weight is not on the CPU.
+    """
+    layout = inspect_structure(model)
+    devices = sorted({str(p.device) for p in model.parameters() if p.device.type != "cpu"})
+    if devices:
+        raise ValueError(
+            f"model: expected all weights on the CPU (this version decodes there), got {devices}"
+        )
+    return layout
+
+
+def inspect_structure(model: nn.Module) -> Layout:
+    """
+    Check that a model's attention is one that LeanK knows, wherever its weights are.
 
     Parameters
     ----------
     model : nn.Module
-        Any object; everything but a tested causal language model is refused.
+        Any object; everything but a tested causal language model is refused. Its weights are not
+        read, so they may be on the device "meta".
 
     Returns
     -------
@@ -55,8 +76,8 @@ def inspect_model(model: nn.Module) -> Layout:
     TypeError
         The class, or the class of an attention layer, is not a tested one.
     ValueError
-        The model is of a tested class, but not on the CPU, of another dtype, compiled, with sliding
-        windows, or otherwise set up in a way that was not tested.
+        The model is of a tested class, but of another dtype, compiled, with sliding windows, or
+        otherwise set up in a way that was not tested.
     """
     attention = _tested_attention(model)
     config = model.config
@@ -76,11 +97,6 @@ def inspect_model(model: nn.Module) -> Layout:
         )
     for layer in layers:
         _check_layer(layer, head_dim, n_kv_heads, layers[0].k_proj.weight.dtype)
-    devices = sorted({str(p.device) for p in model.parameters() if p.device.type != "cpu"})
-    if devices:
-        raise ValueError(
-            f"model: expected all weights on the CPU (this version decodes there), got {devices}"
-        )
     configs = tuple({id(c): c for c in (config, *(layer.config for layer in layers))}.values())
     return Layout(len(layers), n_kv_heads, head_dim, base, configs)
 

@@ -1,5 +1,7 @@
 """SpanModel: the dense run, runs with factors, against the dense model and a patched one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,10 +10,12 @@ pytest.importorskip("transformers")
 
 import leank  # noqa: E402
 from leank.learning import span  # noqa: E402
-from leank.learning.span import SpanModel, loss_of  # noqa: E402
+from leank.learning.data import Sample, collate  # noqa: E402
+from leank.learning.span import SpanModel, error_of, loss_of  # noqa: E402
+from leank.models import inspect_structure  # noqa: E402
 
 from .learn_tools import eager_mixed, make_batch, random_alpha  # noqa: E402
-from .tiny_models import FAMILIES, RECENT, SINK, pruned, tiny  # noqa: E402
+from .tiny_models import FAMILIES, RECENT, SINK, VOCAB, pruned, tiny  # noqa: E402
 
 WINDOW = {"sink": SINK, "recent": RECENT}
 
@@ -85,6 +89,32 @@ def test_gradient_is_that_of_plain_pytorch(monkeypatch, with_hidden):
         assert not results[0][1][hidden].any()
 
 
+def test_a_sample_has_its_loss_whatever_is_in_its_batch():
+    """The context is read densely also where another sample's longer span reaches into it."""
+    rng = np.random.default_rng(0)
+
+    def sample(n_context, n_span):
+        ids = rng.integers(3, VOCAB, n_context + n_span)
+        parts = ids[:n_context], ids[n_context:]
+        return Sample("single", *parts, (1, n_span), (), ())
+
+    samples = [sample(40, 5), sample(30, 19), sample(33, 12)]
+    model, keep = model_of(), torch.tensor(pruned().keep)
+
+    def loss_and_gradient(part):
+        batch, alpha = collate(part), keep.float().requires_grad_()
+        dense = model.dense(batch)
+        loss = error_of(model.mixed(batch, dense, alpha, ~keep.any(-1)), dense, batch)
+        loss.backward()
+        return loss.detach(), alpha.grad
+
+    together = loss_and_gradient(samples)
+    alone = [loss_and_gradient([one]) for one in samples]
+    for i in range(2):
+        close(together[i], sum(one[i] for one in alone))
+    assert collate(samples).begin.tolist() == [14, 0, 7] and collate(samples[:1]).begin is None
+
+
 def test_only_tokens_with_a_weight_count():
     batch, model = make_batch(), model_of()
     dense = model.dense(batch)
@@ -129,3 +159,17 @@ def test_memory_of_the_context_is_shared():
     dense = model.dense(batch)
     assert len(dense.keys) == 3 and dense.keys[0].shape == (3, 2, 40, 16)
     assert np.all([k.untyped_storage().nbytes() == 3 * 2 * 47 * 16 * 4 for k in dense.keys])
+
+
+def test_structure_is_known_without_weights():
+    with torch.device("meta"):
+        empty = type(tiny())(tiny().config)
+    assert inspect_structure(empty) == dataclasses.replace(
+        inspect_structure(tiny()), configs=(empty.config,)
+    )
+    with pytest.raises(ValueError, match="expected all weights on the CPU"):
+        leank.patch(empty, pruned())
+    mixed = tiny()
+    mixed.lm_head.to("meta")
+    with pytest.raises(ValueError, match="expected all weights on one device, got cpu, meta"):
+        SpanModel(mixed, **WINDOW)

@@ -1,5 +1,6 @@
 """Learner: both stages, budgets, validation, resuming, divergence."""
 
+import dataclasses
 import doctest
 
 import numpy as np
@@ -9,22 +10,37 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from leank.learning import train  # noqa: E402
+from leank.learning.folder import FORMAT, read_state, write_state  # noqa: E402
 from leank.learning.span import SpanModel, loss_of  # noqa: E402
 from leank.learning.train import DivergedError, Learner, Settings  # noqa: E402
+from leank.learning.validation import Validation  # noqa: E402
 
 from .learn_tools import make_batch, random_alpha  # noqa: E402
 from .tiny_models import RECENT, SINK, tiny  # noqa: E402
 
-SETTINGS = Settings(ratio=0.5, align=8, stage1_steps=6, stage2_steps=8, validate_every=3, lr=0.1)
+SETTINGS = Settings(
+    ratio=0.5,
+    align=8,
+    stage1_steps=6,
+    stage2_steps=8,
+    validate_every=3,
+    lr=0.1,
+    stage2_lr=0.05,
+)
 
 
 def batches(i):
     return make_batch(seed=100 + i)
 
 
-def learner(settings=SETTINGS, batches=batches):
+def validation(model, cache_bytes=0):
+    batches = [make_batch(seed=1), make_batch((30, 33), seed=2)]
+    return Validation(model, batches, cache_bytes=cache_bytes)
+
+
+def learner(settings=SETTINGS, batches=batches, cache_bytes=0, **options):
     model = SpanModel(tiny(), sink=SINK, recent=RECENT)
-    return Learner(model, settings, batches, [make_batch(seed=1), make_batch((30, 33), seed=2)])
+    return Learner(model, settings, batches, validation(model, cache_bytes), **options)
 
 
 def state_of(one):
@@ -65,13 +81,13 @@ def test_both_stages():
         x == min(losses[: i + 1]) for i, x in enumerate(losses)
     ]
     # As deployed, on the same batches.
-    assert one.loss_as_deployed(one.best.keep, one.validation) == one.best.loss
+    assert one.validation.loss(one.best.keep) == one.best.loss
 
 
 def test_stage_1_alone_lowers_the_loss_of_its_mask():
     """The learned mask is better than the one chosen among equal factors."""
     one = learner(Settings(ratio=0.5, align=8, stage1_steps=40, stage2_steps=0, lr=0.05))
-    start = one.loss_as_deployed(one.choose(), one.validation)
+    start = one.validation.loss(one.choose())
     list(one.run())
     assert one.best.loss < 0.9 * start
 
@@ -83,45 +99,102 @@ def test_a_resumed_run_ends_alike(tmp_path, cut):
     for _ in zip(range(cut), first.run(), strict=False):
         pass
     assert first.n_done == cut
-    first.save(tmp_path / "state")
-    second.load(tmp_path / "state")
+    write_state(tmp_path / "state", {"format": FORMAT} | first.state_dict())
+    second.load_state_dict(read_state(tmp_path / "state"))
     list(second.run())
     assert_same(whole, second)
+    assert whole.stage1_loss == second.stage1_loss
+    assert torch.equal(whole.stage1_alpha, second.stage1_alpha)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_save_that_fails_leaves_the_state_before(tmp_path, monkeypatch):
-    one, other = learner(), learner()
     path = tmp_path / "state"
-    next(run := one.run())
-    one.save(path)
-    next(run)
+    write_state(path, {"format": FORMAT, "n_done": 1})
 
     def full(state, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="disk full"):
-        one.save(path)
-    other.load(path)
-    assert other.n_done == 1
+        write_state(path, {"format": FORMAT, "n_done": 2})
+    assert read_state(path)["n_done"] == 1
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"ratio": 0.6}, "resume: expected a run with ratio = 0.6, got one with 0.5"),
-        ({"lr": 0.2}, "resume: expected a run with lr = 0.2, got one with 0.1"),
-    ],
-)
-def test_another_runs_state_is_refused(tmp_path, settings, message):
-    one = learner()
-    one.save(tmp_path / "state")
-    other = learner(Settings(**{**SETTINGS.__dict__, **settings}))
-    with pytest.raises(ValueError, match=message):
-        other.load(tmp_path / "state")
-    assert other.n_done == 0
+def test_kept_dense_runs_change_nothing():
+    plain, kept, some = learner(), learner(cache_bytes=1 << 30), learner(cache_bytes=130_000)
+    for one in (plain, kept, some):
+        list(one.run())
+        assert_same(plain, one)
+    assert [len(one.validation._cache) for one in (plain, kept, some)] == [0, 2, 1]
+
+
+def test_stage_2_goes_on_from_another_runs_stage_1():
+    """As if stage 1 had been its own: the budget does not touch it."""
+    other = dataclasses.replace(SETTINGS, ratio=0.75)
+    first, whole, second = learner(), learner(other), learner(other)
+    list(first.run())
+    list(whole.run())
+    second.skip_stage1(first.stage1_alpha)
+    assert [step.stage for step in second.run()] == [2] * 8
+    assert_same(whole, second)
+
+
+def test_stage_2_never_ends_worse_than_stage_1():
+    one = learner(dataclasses.replace(SETTINGS, stage2_lr=1.0))  # destroys what stage 1 found
+    steps = list(one.run())
+    assert one.best.loss <= one.stage1_loss
+    assert max(s.validation for s in steps if s.validation is not None) > one.best.loss
+
+
+def test_a_gradual_ratio_rises_to_the_budget(monkeypatch):
+    settings = dataclasses.replace(SETTINGS, gradual=0.5, stage1_steps=0)
+    ratios = [settings.ratio_of(i) for i in range(8)]
+    np.testing.assert_allclose(ratios, [0.4, 0.425, 0.45, 0.475, 0.5, 0.5, 0.5, 0.5])
+    one = learner(settings)
+    used, choose = [], one.choose
+    monkeypatch.setattr(one, "choose", lambda r=None: used.append(r) or choose(r))
+    list(one.run())
+    assert [r for r in used if r is not None] == ratios
+    assert one.best.keep.mean() == 0.5  # validated at the budget also while the ratio rises
+
+
+def test_a_fading_stage_2_begins_with_the_forward_of_stage_1():
+    settings = dataclasses.replace(SETTINGS, fade=0.5, stage1_steps=0)
+    assert [settings.softness_of(i) for i in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    one, other = (
+        learner(settings, start=random_alpha()),
+        learner(dataclasses.replace(settings, stage1_steps=8, penalty=0.0), start=random_alpha()),
+    )
+    steps, first = list(one.run()), next(iter(other.run()))
+    assert steps[0].loss == first.loss
+    # From the mask on, it is what is validated.
+    assert one.best.loss == one.validation.loss(one.best.keep)
+
+
+def test_it_starts_from_given_factors():
+    start = random_alpha().numpy()
+    one = learner(start=start)
+    np.testing.assert_array_equal(one.alpha.detach(), start)
+
+
+def test_without_any_step_the_start_is_the_result():
+    one = learner(dataclasses.replace(SETTINGS, stage1_steps=0, stage2_steps=0))
+    assert list(one.run()) == []
+    np.testing.assert_array_equal(one.best.keep, one.choose())
+    assert one.best.loss == one.stage1_loss
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_weights_have_float32_factors_and_losses(dtype):
+    model = SpanModel(tiny(dtype=dtype), sink=SINK, recent=RECENT)
+    one = Learner(model, SETTINGS, batches, validation(model))
+    steps = list(one.run())
+    assert one.alpha.dtype == torch.float32 and np.isfinite([s.loss for s in steps]).all()
+    full = learner()
+    list(full.run())
+    assert one.best.loss == pytest.approx(full.best.loss, rel=0.2)
 
 
 def test_divergence_stops_with_the_best_mask_so_far():
@@ -174,6 +247,11 @@ def test_straight_through_is_the_gradient_of_the_factors():
 
 def test_bad_settings_are_named_before_any_work():
     with pytest.raises(ValueError, match="validation: expected at least one batch"):
-        Learner(SpanModel(tiny(), sink=SINK, recent=RECENT), SETTINGS, batches, [])
+        Validation(SpanModel(tiny(), sink=SINK, recent=RECENT), [])
     with pytest.raises(ValueError, match="align"):
         learner(Settings(ratio=0.5, align=7))
+    for name in ("lr", "stage2_lr", "penalty", "gradual", "stage1_steps", "validate_every"):
+        with pytest.raises(ValueError, match=f"{name}: expected .* got -1"):
+            Settings(**{name: -1})
+    with pytest.raises(ValueError, match="lr: expected 0 to 1, got nan"):
+        Settings(lr=float("nan"))

@@ -70,17 +70,24 @@ class Batch(NamedTuple):
         [B, L] int64.
     span : torch.Tensor
         [B, T] int64, T the longest span. A row with a shorter one has its last tokens of context
-        here, since padding may not stand between tokens.
+        here, since padding may not stand between tokens; they are read as context all the same.
     start : torch.Tensor
         First column of `context` that is no padding, [B] int64.
     weights : torch.Tensor
         Weights of the loss, [B, T] float32.
+    begin : torch.Tensor, optional
+        First column of `span` that is of the row's own span, [B] int64; None: 0 in all rows.
     """
 
     context: torch.Tensor
     span: torch.Tensor
     start: torch.Tensor
     weights: torch.Tensor
+    begin: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the same on a device."""
+        return Batch(*(None if x is None else x.to(device) for x in self))
 
 
 class Samples(Sequence):
@@ -326,7 +333,14 @@ def collate(
             weights[b, first - 1] = lead_weight
     start = torch.tensor([n_all - len(sample) for sample in batch])
     n_context = n_all - n_span
-    return Batch(ids[:, :n_context], ids[:, n_context:], start, weights[:, n_context:])
+    begin = torch.tensor([n_span - len(sample.span) for sample in batch])
+    return Batch(
+        ids[:, :n_context],
+        ids[:, n_context:],
+        start,
+        weights[:, n_context:],
+        begin if begin.any() else None,
+    )
 
 
 def describe(sample: Sample, tokenizer: Any, n_shown: int = 24) -> str:

@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from leank.learning.span import use_attention
-from leank.models import Layout, inspect_model
+from leank.models import Layout, inspect_structure
 
 _NAME = "leank_moments"
 
@@ -31,7 +31,7 @@ class _Moments:
     def add(self, i: int, q: torch.Tensor, k: torch.Tensor) -> None:
         real = self.real[:, None, :, None]
         for total, x in ((self.q, q), (self.k, k)):
-            squares = (x.double().square() * real).sum((0, 2))
+            squares = (x.double().square() * real).sum((0, 2)).cpu()
             total[i] += squares.view(len(total[i]), -1, x.shape[-1]).sum(1)
 
 
@@ -49,9 +49,9 @@ def second_moments(
     Parameters
     ----------
     model : nn.Module
-        What `leank.patch` accepts.
+        What `SpanModel` accepts.
     batches : iterable of (int64 [B, L], bool [B, L])
-        Left-padded token ids, and which of them are tokens.
+        Left-padded token ids, and which of them are tokens, on the model's device.
 
     Returns
     -------
@@ -61,9 +61,9 @@ def second_moments(
     Raises
     ------
     TypeError, ValueError
-        As `leank.patch`; or there is no batch.
+        As `SpanModel`; or there is no batch.
     """
-    layout: Layout = inspect_model(model)
+    layout: Layout = inspect_structure(model)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     moments, n_batches = _Moments(layout.mask_shape), 0

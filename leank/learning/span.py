@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from leank.learning.data import Batch
 from leank.learning.ops import mixed_attention
-from leank.models import Layout, inspect_model
+from leank.models import Layout, inspect_structure
 
 _NAME = "leank_learn"
 
@@ -31,11 +31,21 @@ class Dense:
         Last hidden states of the span.
     keys, values : lists of N tensors [B, Hkv, Lc, D]
         Of the context, after rotary embedding.
+    span_keys, span_values : lists of N tensors [B, Hkv, T, D]
+        Of the span's columns.
     """
 
     target: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    span_keys: list[torch.Tensor]
+    span_values: list[torch.Tensor]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that it holds."""
+        tensors = (self.target, *self.keys, *self.values)  # those of the span share their storage
+        return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,16 @@ class _Run:
     alpha: torch.Tensor
     hidden: torch.Tensor | None
     start: torch.Tensor
+    context: torch.Tensor | None  # [B, 1, T, 1], True where a column of the span is context
     window: dict[str, int]
 
 
 def _attention(module, query, key, value, attention_mask, *, scaling, leank_run: _Run, **kwargs):
     """Attention of one layer, as transformers calls it; returns [B, T, Hq, D]."""
     i, run = module.layer_idx, leank_run
+    if run.context is not None:
+        key = torch.where(run.context, run.dense.span_keys[i], key)
+        value = torch.where(run.context, run.dense.span_values[i], value)
     out = mixed_attention(
         query,
         run.dense.keys[i],
@@ -86,22 +100,32 @@ class SpanModel:
     Parameters
     ----------
     model : nn.Module
-        What `leank.patch` accepts; its weights get no gradient any more.
+        What `leank.patch` accepts, on the CPU or on one GPU; its weights get no gradient any more.
     sink, recent : int
         Tokens at the start and at the end that keep every channel.
     chunk : int
         Columns of the context that are prefilled at once, so that memory is linear in Lc.
 
+    Attributes
+    ----------
+    device : torch.device
+        Where the weights are, and where batches and factors have to be.
+
     Raises
     ------
     TypeError, ValueError
-        As `leank.patch`.
+        As `leank.patch`; or the weights are on several devices.
     """
 
     def __init__(self, model: nn.Module, *, sink: int, recent: int, chunk: int = 2048) -> None:
         if chunk < 1:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
-        self.layout: Layout = inspect_model(model)
+        self.layout: Layout = inspect_structure(model)
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) != 1:
+            names = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"model: expected all weights on one device, got {names}")
+        self.device = devices.pop()
         self.window = {"sink": sink, "recent": recent}
         self.chunk = chunk
         self.base = model.model
@@ -138,6 +162,8 @@ class SpanModel:
             out.last_hidden_state,
             [layer.keys[:, :, :n_context] for layer in cache.layers],
             [layer.values[:, :, :n_context] for layer in cache.layers],
+            [layer.keys[:, :, n_context:] for layer in cache.layers],
+            [layer.values[:, :, n_context:] for layer in cache.layers],
         )
 
     def mixed(
@@ -162,11 +188,14 @@ class SpanModel:
         Returns
         -------
         tensor [B, T, hidden]
-            Last hidden states.
+            Last hidden states; of columns that are context, they mean nothing.
         """
         n_context, n_span = batch.context.shape[1], batch.span.shape[1]
         columns = torch.arange(n_context, n_context + n_span, device=batch.span.device)
-        run = _Run(dense, alpha, hidden, batch.start, self.window)
+        context = None
+        if batch.begin is not None:
+            context = (columns - n_context < batch.begin[:, None])[:, None, :, None]
+        run = _Run(dense, alpha, hidden, batch.start, context, self.window)
         with use_attention(self.layout, _NAME):
             return self.base(
                 input_ids=batch.span,
@@ -186,5 +215,10 @@ def loss_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
 
     Source: LeanK, arXiv 2508.02215, section 3.2.
     """
+    return error_of(out, dense, batch) / batch.weights.sum()
+
+
+def error_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
+    """Return the weighted sum over tokens whose mean `loss_of` is, float32."""
     error = (out.float() - dense.target.float()).square().mean(-1)
-    return (error * batch.weights).sum() / batch.weights.sum()
+    return (error * batch.weights).sum()

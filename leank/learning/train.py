@@ -7,21 +7,30 @@ mask as it will be deployed, and never ends with a worse one than stage 1's at t
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from leank import _C
+from leank.learning.budget import choose_channels
 from leank.learning.data import Batch
-from leank.learning.span import SpanModel, loss_of
+from leank.learning.parallel import Alone, World
+from leank.learning.span import SpanModel, error_of
+from leank.learning.validation import Validation
+from leank.masks import ChannelMask
+
+EASY = 0.8  # share of the ratio that a gradual stage 2 begins with
 
 
 class DivergedError(Exception):
-    """A loss or a gradient is not finite; the best mask so far is in `Learner.best`."""
+    """A loss or a gradient is not finite.
+
+    The best mask so far is in `Learner.best`; `leank.learn` puts it here as well.
+    """
+
+    mask: ChannelMask | None = None
 
 
 @dataclass(frozen=True)
@@ -31,14 +40,25 @@ class Settings:
     Attributes
     ----------
     ratio : float
-        Share of K channels to drop.
+        Share to drop, of what `budget` counts.
     align : int
         Each head keeps a multiple of so many channels.
+    budget : {"k", "kv"}
+        What the ratio is of: K channels, or bytes of K and V outside the window, where a head that
+        keeps no channel stores no V either.
     stage1_steps, stage2_steps : int
-    lr : float
-        Highest learning rate of stage 1; stage 2 has half of it.
+    lr, stage2_lr : float
+        Highest learning rates.
     penalty : float
         lambda, the weight of mean |alpha| in stage 1.
+    gradual : float
+        Share of the steps of stage 2 during which the ratio rises from 0.8 of itself; 0: none.
+    fade : float
+        Share of the steps of stage 2 during which the forward moves from the factors, which stage 1
+        ended with, to the mask; empty heads see middle keys until then. 0: none.
+    live : float
+        For the budget "kv": what keeping a head alive is worth beside its channels, in channels of
+        factor 1. Factors tell what channels are worth, not what an empty head costs.
     zero_every : int
         In each so-manyth step of stage 2 heads without a channel see middle keys with logit 0, so
         that they get a gradient and may come back; 0: never.
@@ -48,12 +68,39 @@ class Settings:
 
     ratio: float = 0.7
     align: int = 16
+    budget: str = "k"
     stage1_steps: int = 300
     stage2_steps: int = 200
     lr: float = 0.03
+    stage2_lr: float = 0.005
     penalty: float = 0.06
+    gradual: float = 0.0
+    fade: float = 0.0
+    live: float = 0.0
     zero_every: int = 4
     validate_every: int = 25
+
+    def __post_init__(self) -> None:
+        """Check what no other part checks."""
+        for name in ("stage1_steps", "stage2_steps", "zero_every"):
+            _check(name, getattr(self, name), 0)
+        _check("validate_every", self.validate_every, 1)
+        _check("penalty", self.penalty, 0)
+        _check("live", self.live, 0)
+        for name in ("gradual", "fade", "lr", "stage2_lr"):
+            _check(name, getattr(self, name), 0, 1)
+
+    def ratio_of(self, step: int) -> float:
+        """Return the ratio of a step of stage 2."""
+        n_rising = self.gradual * self.stage2_steps
+        if step >= n_rising:
+            return self.ratio
+        return self.ratio * (EASY + (1 - EASY) * step / n_rising)
+
+    def softness_of(self, step: int) -> float:
+        """Return how far the forward of a step of stage 2 is from the mask, 1 to 0."""
+        n_fading = self.fade * self.stage2_steps
+        return 1 - step / n_fading if step < n_fading else 0.0
 
 
 @dataclass(frozen=True)
@@ -101,9 +148,12 @@ class Learner:
     model : SpanModel
     settings : Settings
     batches : callable
-        Batch of training step i, of both stages together.
-    validation : sequence of Batch
-        At least one.
+        Batch of training step i, of both stages together; of a process's own samples.
+    validation : Validation
+    start : float array [N, Hkv, D], optional
+        Factors to begin with; default: ones.
+    world : World, optional
+        The processes that learn together; default: this one alone.
     """
 
     def __init__(
@@ -111,22 +161,30 @@ class Learner:
         model: SpanModel,
         settings: Settings,
         batches: Callable[[int], Batch],
-        validation: Sequence[Batch],
+        validation: Validation,
+        *,
+        start: np.ndarray | None = None,
+        world: World | None = None,
     ) -> None:
-        if not validation:
-            raise ValueError("validation: expected at least one batch, got none")
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.world = model, settings, world or Alone()
         self.batches, self.validation = batches, validation
-        self.alpha = torch.ones(model.layout.mask_shape, requires_grad=True)
+        self.alpha = torch.ones(model.layout.mask_shape, device=model.device)
+        if start is not None:
+            self.alpha.copy_(torch.as_tensor(start))
+        self.alpha.requires_grad_()
         self.optimizer = torch.optim.AdamW([self.alpha], lr=settings.lr, weight_decay=0.0)
         self.n_done = 0
         self.best: Best | None = None
+        self.stage1_alpha: torch.Tensor | None = None  # what stage 2 began with
+        self.stage1_loss: float | None = None  # of the validation, with stage 1's mask
         self.choose()  # names a ratio or an alignment that does not fit before any work
 
-    def choose(self) -> np.ndarray:
+    def choose(self, ratio: float | None = None) -> np.ndarray:
         """Return the mask [N, Hkv, D] that meets the budget exactly for the alphas of now."""
-        scores = self.alpha.detach().numpy()
-        return _C.select_channels(scores, self.settings.ratio, self.settings.align)
+        s = self.settings
+        scores = self.alpha.detach().cpu().numpy()
+        ratio = s.ratio if ratio is None else ratio
+        return choose_channels(scores, ratio, s.align, s.budget, s.live)
 
     def run(self) -> Iterator[Step]:
         """Go on with both stages to their end; yield after each step, when the state is complete.
@@ -140,8 +198,7 @@ class Learner:
         while self.n_done < n1 + n2:
             stage, step = (1, self.n_done) if self.n_done < n1 else (2, self.n_done - n1)
             if stage == 2 and step == 0:
-                # Moments of the penalised loss would lead stage 2 astray.
-                self.optimizer.state.clear()
+                self.end_stage1()
             lr = self._set_lr(stage, step)
             loss = self._step(stage, step)
             self.n_done += 1
@@ -149,45 +206,65 @@ class Learner:
             due = (step + 1) % self.settings.validate_every == 0 or step + 1 == n_steps
             validation = improved = None
             # Masks of stage 1 on the way are not candidates: only its last one is.
-            if due and (stage == 2 or step + 1 == n1):
+            if stage == 2 and due:
                 validation, improved = self._validate(stage, step)
-            alpha = self.alpha.detach()
-            yield Step(
-                stage,
-                step,
-                loss,
-                float(alpha.mean()),
-                float((alpha < 0.1).float().mean()),
-                lr,
-                validation,
-                bool(improved),
-            )
+            elif self.n_done == n1:
+                self.end_stage1()
+                validation, improved = self.stage1_loss, True
+            low = (self.alpha.detach() < 0.1).float()
+            mean_alpha, low_share = torch.stack([self.alpha.detach().mean(), low.mean()]).tolist()
+            yield Step(stage, step, loss, mean_alpha, low_share, lr, validation, bool(improved))
+        self.end_stage1()  # for runs without a step
+
+    def end_stage1(self) -> None:
+        """Validate stage 1's mask, the one to beat, and forget what the optimizer knows; once."""
+        if self.stage1_alpha is not None:
+            return
+        self.stage1_loss, _ = self._validate(1, self.settings.stage1_steps - 1)
+        self.stage1_alpha = self.alpha.detach().clone()
+        # Moments of the penalised loss would lead stage 2 astray.
+        self.optimizer.state.clear()
+
+    def skip_stage1(self, alpha: torch.Tensor) -> None:
+        """Go on with stage 2 from the factors that stage 1 of another run ended with."""
+        with torch.no_grad():
+            self.alpha.copy_(alpha)
+        self.n_done = self.settings.stage1_steps
+        self.end_stage1()
 
     def _set_lr(self, stage: int, step: int) -> float:
         s = self.settings
-        n_steps, highest = (s.stage1_steps, s.lr) if stage == 1 else (s.stage2_steps, s.lr / 2)
+        n_steps, highest = (s.stage1_steps, s.lr) if stage == 1 else (s.stage2_steps, s.stage2_lr)
         lr = highest * trapezoid(step, n_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
     def _step(self, stage: int, step: int) -> float:
-        batch = self.batches(self.n_done)
+        batch = self.batches(self.n_done).to(self.model.device)
         dense = self.model.dense(batch)
         self.optimizer.zero_grad()
         if stage == 1:
-            loss = loss_of(self.model.mixed(batch, dense, self.alpha), dense, batch)
-            total = loss + self.settings.penalty * self.alpha.abs().mean()
+            out = self.model.mixed(batch, dense, self.alpha)
         else:
-            keep = torch.tensor(self.choose())
-            # The mask goes forward, its gradient to alpha: straight through. The difference is
-            # exactly 0.
-            factor = keep.float() + (self.alpha - self.alpha.detach())
-            every = self.settings.zero_every
-            hidden = None if every and (step + 1) % every == 0 else ~keep.any(-1)
-            total = loss = loss_of(self.model.mixed(batch, dense, factor, hidden), dense, batch)
-        total.backward()
-        if not (torch.isfinite(loss) and torch.isfinite(self.alpha.grad).all()):
+            keep = self.choose(self.settings.ratio_of(step))
+            keep = torch.tensor(keep, device=self.model.device)
+            soft, every = self.settings.softness_of(step), self.settings.zero_every
+            factor = torch.lerp(keep.float(), self.alpha.detach(), soft)
+            # That goes forward, its gradient to alpha: straight through. The difference is 0.
+            factor = factor + (self.alpha - self.alpha.detach())
+            seen = soft > 0 or (every and (step + 1) % every == 0)
+            hidden = None if seen else ~keep.any(-1)
+            out = self.model.mixed(batch, dense, factor, hidden)
+        # The loss is a mean over the tokens of all processes: their sums are added, then divided.
+        weight = self.world.sum(batch.weights.sum())
+        loss = error_of(out, dense, batch) / weight
+        loss.backward()
+        loss = self.world.sum(loss.detach())
+        self.alpha.grad = self.world.sum(self.alpha.grad)
+        if stage == 1:
+            (self.settings.penalty * self.alpha.abs().mean()).backward()
+        if not torch.stack([loss, self.alpha.grad.abs().sum()]).isfinite().all():
             raise DivergedError(f"stage {stage}, step {step}: the loss is {loss.item()}")
         self.optimizer.step()
         with torch.no_grad():
@@ -196,64 +273,40 @@ class Learner:
 
     def _validate(self, stage: int, step: int) -> tuple[float, bool]:
         keep = self.choose()
-        loss = self.loss_as_deployed(keep, self.validation)
+        loss = self.validation.loss(keep)
+        if not np.isfinite(loss):
+            raise DivergedError(f"stage {stage}, step {step}: the validation loss is {loss}")
         improved = self.best is None or loss < self.best.loss
         if improved:
             self.best = Best(keep, loss, stage, step)
         return loss, improved
 
-    @torch.no_grad()
-    def loss_as_deployed(self, keep: np.ndarray, batches: Sequence[Batch]) -> float:
-        """Return the mean loss of a mask as it is deployed: empty heads see no middle key."""
-        keep = torch.tensor(keep)
-        losses = []
-        for batch in batches:
-            dense = self.model.dense(batch)
-            out = self.model.mixed(batch, dense, keep.float(), ~keep.any(-1))
-            losses.append(loss_of(out, dense, batch).item())
-        return float(np.mean(losses))
+    # ------------------------------------------------------------------------------------- resuming
 
-    # ------------------------------------------------------------------------------------ resuming
-
-    def save(self, path: Path) -> None:
-        """Write the state to a file that a killed process never leaves half written."""
-        state = {
-            "settings": dataclasses.asdict(self.settings),
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a learner with the same arguments needs to go on, on the CPU."""
+        best = self.best and dataclasses.asdict(self.best) | {"keep": torch.tensor(self.best.keep)}
+        return {
             "n_done": self.n_done,
-            "alpha": self.alpha.detach(),
+            "alpha": self.alpha.detach().cpu(),
+            "stage1_alpha": None if self.stage1_alpha is None else self.stage1_alpha.cpu(),
+            "stage1_loss": self.stage1_loss,
             "optimizer": self.optimizer.state_dict(),
-            "best": None
-            if self.best is None
-            else dataclasses.asdict(self.best) | {"keep": torch.tensor(self.best.keep)},
+            "best": best,
         }
-        partial = path.with_name(path.name + ".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
 
-    def load(self, path: Path) -> None:
-        """Go on from a state that `save` wrote.
-
-        Raises
-        ------
-        ValueError
-            It is of a run with other settings, or of another model.
-        """
-        state = torch.load(path, weights_only=True)
-        mine = dataclasses.asdict(self.settings)
-        for name, value in mine.items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"resume: expected a run with {name} = {value}, "
-                    f"got one with {state['settings'].get(name)}"
-                )
-        if state["alpha"].shape != self.alpha.shape:
-            raise ValueError(
-                f"resume: expected factors {tuple(self.alpha.shape)}, "
-                f"got {tuple(state['alpha'].shape)}"
-            )
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; `run` then does what it would have done without a stop."""
         with torch.no_grad():
             self.alpha.copy_(state["alpha"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.n_done = state["n_done"]
-        best = state["best"]
+        self.n_done, self.stage1_loss = state["n_done"], state["stage1_loss"]
+        alpha, best = state["stage1_alpha"], state["best"]
+        self.stage1_alpha = None if alpha is None else alpha.to(self.model.device)
         self.best = best and Best(**best | {"keep": best["keep"].numpy()})
+
+
+def _check(name: str, value: float, least: float, most: float = float("inf")) -> None:
+    if not least <= value <= most:  # False for NaN
+        limits = f"at least {least}" if most == float("inf") else f"{least} to {most}"
+        raise ValueError(f"{name}: expected {limits}, got {value}")

@@ -1,0 +1,280 @@
+"""``leank learn`` end to end on a tiny random model, and what it says when it cannot run."""
+
+import dataclasses
+import inspect
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from leank import ChannelMask, cli_learn  # noqa: E402
+from leank.cli import app  # noqa: E402
+from leank.learning import DataSettings, Settings, learn  # noqa: E402
+from leank.learning import run as run_module  # noqa: E402
+from leank.learning.feed import Feed  # noqa: E402
+
+from .learn_run_tools import OPTIONS, character_tokenizer, write_model, write_text  # noqa: E402
+from .tiny_models import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Make a model with a tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("learn")
+    write_model(folder / "model")
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def reports(monkeypatch):
+    """Stand in for what tests masks and draws."""
+    calls = []
+    evaluate = types.ModuleType("evaluate")
+    evaluate.evaluate = lambda *args, **options: calls.append("evaluate")
+    report = types.ModuleType("report")
+    report.write_report = lambda folder, *rest: calls.append(folder)
+    monkeypatch.setitem(sys.modules, "leank.learning.evaluate", evaluate)
+    monkeypatch.setitem(sys.modules, "leank.learning.report", report)
+    return calls
+
+
+def words(folder, **options):
+    """Make a command line of options that work, but for those given; None leaves one out."""
+    flags = {"n_validation": "validation", "n_test": "test"}
+    options = {flags.get(name, name): value for name, value in options.items()}
+    mine = {flags.get(name, name): value for name, value in OPTIONS.items()}
+    mine |= {"text": folder / "text.txt", "ratio": 0.5, "align": 8, "output": folder / "mask"}
+    mine["lengths"], mine["kinds"] = "260,300", "single,continuation"
+    result = ["learn", str(options.pop("model", folder / "model"))]
+    for name, value in (mine | options).items():
+        flag = f"--{name.replace('_', '-')}"
+        result += [] if value is None else [flag] if value is True else [flag, str(value)]
+    return result
+
+
+def leank_learn(folder, columns=80, **options):
+    env = {"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"}
+    return CliRunner().invoke(app, words(folder, **options), env=env)
+
+
+def test_the_same_mask_as_the_function(folder, tmp_path, reports):
+    result = leank_learn(folder, output=tmp_path / "mask")
+    assert result.exit_code == 0, result.output
+    mask = ChannelMask.load(tmp_path / "mask")
+    options = OPTIONS | {"text": (folder / "text.txt",)}
+    alone = learn(tiny(), character_tokenizer(), 0.5, 8, **options)
+    assert mask == dataclasses.replace(alone, model="model")
+    line = " ".join(result.stdout.split())
+    assert line.startswith(f"{tmp_path / 'mask'}: 50.0% of K dropped, ")
+    assert re.search(r"% of K and V kept .*; validation loss [\d.]+ at stage \d, step \d", line)
+    assert reports == ["evaluate", tmp_path / "mask.run"]
+    for part in ("stage 2 r0.5-a8", "12/12", "loss", "valid", "alpha"):
+        assert part in result.stderr
+
+
+def test_several_masks(folder, tmp_path, reports):
+    result = leank_learn(
+        folder,
+        ratio="0.5,0.75",
+        align="8,16",
+        output=tmp_path / "m-{ratio}-a{align}.st",
+        stage1_steps=1,
+        stage2_steps=1,
+        n_test=0,
+    )
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "m-0.5-a16.st",
+        "m-0.5-a8.st",
+        "m-0.75-a16.st",
+        "m-0.75-a8.st",
+        "m-all-aall.st.run",
+    ]
+    assert len(result.stdout.splitlines()) == 4 and reports == []
+
+
+def test_show_data_needs_no_weights(folder, monkeypatch):
+    monkeypatch.setattr(cli_learn, "_learn", None)
+    monkeypatch.setattr("leank.loading.Source.model", None)
+    result = leank_learn(folder, show_data=2, output=None)
+    assert result.exit_code == 0, result.output
+    assert (
+        len(re.findall(r"^(single|continuation): [\d,]+ \+ \d+ tokens", result.stdout, re.M)) == 2
+    )
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+def test_fits_a_narrow_terminal_without_colours(folder, tmp_path, columns):
+    output = tmp_path / "mask"
+    result = leank_learn(folder, columns, output=output, stage1_steps=1, stage2_steps=1)
+    assert result.exit_code == 0 and "\x1b" not in result.output
+    assert max(map(len, result.stderr.splitlines())) <= columns
+
+
+def test_defaults_are_those_of_the_settings():
+    """--help must not import torch, so they are written twice."""
+    mine = {name: p.default for name, p in inspect.signature(cli_learn.learn).parameters.items()}
+    for kind in (Settings, DataSettings):
+        for field in dataclasses.fields(kind):
+            value = mine[field.name]
+            if field.name in ("ratio", "align"):
+                value = float(value)
+            assert value == field.default or value is None, field.name
+
+
+def test_help_does_not_need_torch():
+    code = "import sys; sys.modules['torch'] = None; from leank.__main__ import main; main()"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "learn", "--help"], capture_output=True, text=True, check=True
+    )
+    for part in ("What to learn", "From what", "--stage2-steps", "--resume", "smollm2"):
+        assert part in run.stdout
+    run = subprocess.run([sys.executable, "-c", code, "learn"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "leank learn: needs torch: pip install 'leank[learn]'\n"
+
+
+# ------------------------------------------------------------------------------ stopping
+
+
+def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_SAVE_STEPS", 4)
+    log = run_module.Run._log
+
+    def interrupted(self, step, target):
+        log(self, step, target)
+        if self.n_done == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module.Run, "_log", interrupted)
+    output = tmp_path / "mask"
+    result = leank_learn(folder, output=output)
+    assert result.exit_code == 130 and not output.exists()
+    assert result.stderr.endswith("leank learn: stopped after 9 of 12 steps; --resume goes on\n")
+    monkeypatch.setattr(run_module.Run, "_log", log)
+    again = leank_learn(folder, output=output)
+    assert again.exit_code == 2
+    assert "has a run that stopped after 8 steps; go on with resume" in again.stderr
+    assert leank_learn(folder, output=output, resume=True, n_test=0).exit_code == 0
+    assert leank_learn(folder, output=tmp_path / "whole").exit_code == 0
+    assert ChannelMask.load(output) == ChannelMask.load(tmp_path / "whole")
+    other = leank_learn(folder, output=output, resume=True, lr=0.2)
+    assert other.exit_code == 2
+    assert "resume: expected a run with lr 0.2, got one with 0.1" in other.stderr
+
+
+def test_a_signal_while_it_learns(folder, tmp_path):
+    """A real Ctrl-C: one line, and the state is there."""
+    output = tmp_path / "mask"
+    command = words(folder, output=output, stage1_steps=10_000, n_test=0)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "leank", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    state = tmp_path / "mask.run" / "state.pt"
+    deadline = time.monotonic() + 60
+    while not state.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130, stderr
+    assert stdout == "" and "Traceback" not in stderr and state.exists()
+    assert re.search(r"leank learn: stopped after \d+ of 10006 steps; --resume goes on$", stderr)
+
+
+def test_divergence_is_one_line(folder, tmp_path, monkeypatch):
+    batches = Feed.batches
+
+    def bad(self, world):
+        make = batches(self, world)
+
+        def poisoned(i):
+            batch = make(i)
+            return batch._replace(weights=batch.weights * float("nan")) if i == 8 else batch
+
+        return poisoned
+
+    monkeypatch.setattr(Feed, "batches", bad)
+    output = tmp_path / "mask"
+    result = leank_learn(folder, output=output)
+    assert result.exit_code == 1 and result.stdout == ""
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("leank learn: diverged: stage 2, step 2: the loss is nan; the last good")
+    assert ChannelMask.load(output).ratio == 0.5
+
+
+# ------------------------------------------------------------------------------ mistakes
+
+
+def long_vocabulary(folder):
+    character_tokenizer(extra=3).save_pretrained(folder / "other")
+    tiny().save_pretrained(folder / "other")
+    return {"model": folder / "other"}
+
+
+def other_attention(folder):
+    character_tokenizer().save_pretrained(folder / "gpt2")
+    (folder / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 97}')
+    return {"model": folder / "gpt2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: {"output": None}, "output: expected a file for the mask, got none; give -o"),
+        (lambda f: {"output": "/proc/none/mask"}, "output: cannot write to /proc/none"),
+        (lambda f: {"output": f}, "output: expected a file, got the folder"),
+        (lambda f: {"ratio": "0.5,0.7"}, "output: expected the fields {ratio} and {align}"),
+        (lambda f: {"ratio": "half"}, "ratio: expected numbers with commas between, got 'half'"),
+        (lambda f: {"align": "8.5"}, "align: expected whole numbers with commas between"),
+        (lambda f: {"align": "24"}, "align"),
+        (lambda f: {"ratio": "1.5"}, "ratio"),
+        (lambda f: {"lr": "-1"}, "lr: expected 0 to 1, got -1"),
+        (lambda f: {"lengths": "1,2,3"}, "lengths: expected 1 <= least <= greatest"),
+        (lambda f: {"lengths": "2000"}, "lengths: expected at most 1,024 tokens, the model's"),
+        (lambda f: {"recent": 900}, "lengths: expected more than the 904 tokens of the window"),
+        (lambda f: {"kinds": "riddle"}, "kinds: .*riddle"),
+        (lambda f: {"text": f / "none"}, "text: .*none: .*No such file"),
+        (lambda f: {"text": f}, "text: .*: .*Is a directory"),
+        (lambda f: {"start": f / "none"}, "start: .*none: No such file"),
+        (lambda f: {"device": "tpu"}, "device: expected auto, cpu, cuda or cuda:N, got tpu"),
+        (lambda f: {"model": f / "none"}, "model: .*none: "),
+        (long_vocabulary, "tokenizer: expected at most 97 tokens, .* got 100; is it"),
+        (other_attention, "model: expected one of LlamaForCausalLM, .* got GPT2LMHeadModel"),
+    ],
+)
+def test_errors_are_one_line_before_weights_are_read(folder, monkeypatch, change, message):
+    monkeypatch.setattr("leank.loading.Source.model", None)
+    result = leank_learn(folder, **change(folder))
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert re.search(f"^leank learn: {message}", line), line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(folder):
+    result = leank_learn(folder, device="cuda")
+    assert result.exit_code == 2
+    assert "device: expected a GPU that torch can use, got none for cuda" in result.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"recent": 0}, {"dtype": "int8"}, {"budget": "v"}, {"seed": -1}])
+def test_options_outside_their_range(folder, wrong):
+    result = leank_learn(folder, columns=200, **wrong)
+    assert result.exit_code == 2 and f"--{next(iter(wrong))}" in result.stderr

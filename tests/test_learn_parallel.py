@@ -1,0 +1,92 @@
+"""Two processes that learn together give what one gives with the same batches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import leank  # noqa: E402
+from leank.learning import DataError, DataSettings  # noqa: E402
+from leank.learning import run as run_module  # noqa: E402
+from leank.learning.feed import Feed  # noqa: E402
+from leank.learning.folder import read_state  # noqa: E402
+from leank.learning.parallel import Alone, share  # noqa: E402
+
+from .learn_run_tools import OPTIONS, character_tokenizer, learn, write_text  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+# Three samples a step and five batches: the processes have unequal shares.
+CHANGES = {"batch_size": 3, "n_validation": 14, "stage1_steps": 4, "stage2_steps": 4}
+
+
+def test_two_processes_give_the_result_of_one(monkeypatch, tmp_path):
+    """They go on after the first step, which one process did."""
+    options = OPTIONS | CHANGES | {"text": str(write_text(tmp_path / "text.txt"))}
+    monkeypatch.setattr(run_module, "_SAVE_STEPS", 1)
+
+    def stop(event):
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        learn(**options, output=tmp_path / "two", progress=stop)
+    (tmp_path / "work.py").write_text(f"""if True:
+        import torch
+        from pathlib import Path, PosixPath
+        from leank.learning.parallel import find_world
+        from tests.learn_run_tools import learn
+        output = Path({str(tmp_path / "two")!r})
+        mask = learn(**{options}, output=output, resume=True)
+        assert torch.distributed.get_world_size() == 2
+        mask.save(output.with_name(f"two.{{torch.distributed.get_rank()}}"))
+        find_world("cpu").leave()
+        """)
+    done = subprocess.run(
+        [*f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2".split()]
+        + [tmp_path / "work.py"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    two = [leank.ChannelMask.load(tmp_path / name) for name in ("two", "two.0", "two.1")]
+    assert two[0] == two[1] == two[2]
+    one = learn(**options, output=tmp_path / "one")
+    assert (one.keep == two[0].keep).all()
+    states = [
+        read_state(tmp_path / f"{name}.run" / "state.pt")["done"][0] for name in ("one", "two")
+    ]
+    for name in ("stage1_alpha", "alpha"):
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=1e-6)
+    assert states[0]["stage1_loss"] == pytest.approx(states[1]["stage1_loss"], rel=1e-5)
+    n_lines = [
+        len((tmp_path / f"{name}.run" / "log.jsonl").read_text().splitlines())
+        for name in ("one", "two")
+    ]
+    assert n_lines == [9, 9]
+
+
+def test_shares_are_all_there_is():
+    worlds = [Alone() for _ in range(3)]
+    for rank, world in enumerate(worlds):
+        world.rank, world.size = rank, 3
+    shares = [list(share(range(8), world)) for world in worlds]
+    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_more_processes_than_samples_are_refused(tmp_path):
+    world = Alone()
+    world.size = 3
+    settings = DataSettings(
+        lengths=300, batch_size=2, kinds=("continuation",), text=(write_text(tmp_path / "t"),)
+    )
+    feed = Feed(character_tokenizer(), settings, n_steps=1, window=64, context=None)
+    with pytest.raises(DataError, match="batch_size: expected at least 3, one per process, got 2"):
+        feed.batches(world)
