@@ -44,7 +44,7 @@ CASES = {
     "alpha_0": {"alpha": 0.0},
     "alpha_1": {"alpha": 1.0},
     "long": {"Lc": 5000, "T": 9, "R": 1, "start": (0,), "window": (64, 512)},
-    "many_rows": {"start": tuple(range(0, 240, 2)), "T": 3, "R": 1, "D": 64},
+    "many_rows": {"start": tuple(2 * b % 200 for b in range(120)), "T": 3, "R": 1, "D": 64},
 }
 
 
@@ -219,6 +219,8 @@ def gradients(function, inputs):
     return [o, *torch.autograd.grad((o.float() * weights).sum(), learned)]
 
 
+# Inductor of some versions of PyTorch warns of itself.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiled_and_checkpointed_are_the_same(dtype, backend):

@@ -185,6 +185,8 @@ def test_a_signal_while_it_learns(folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # A shell lets what it runs in the background ignore the signal, which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     state = tmp_path / "mask.run" / "state.pt"
     deadline = time.monotonic() + 60
@@ -200,8 +202,8 @@ def test_a_signal_while_it_learns(folder, tmp_path):
 def test_divergence_is_one_line(folder, tmp_path, monkeypatch):
     batches = Feed.batches
 
-    def bad(self, world):
-        make = batches(self, world)
+    def bad(self, *args):
+        make = batches(self, *args)
 
         def poisoned(i):
             batch = make(i)

@@ -275,6 +275,12 @@ def test_needles_are_where_a_sample_says(kind, corpus, tokenizer):
     assert min(depths) < 0.5 < max(depths)
 
 
+def test_samples_of_a_step_are_equally_long(corpus, chat):
+    made = samples(corpus, "train", chat, lengths=(300, 900), n=12, together=4, seed=2)
+    lengths = np.array([len(sample) for sample in made]).reshape(3, 4)
+    assert (np.ptp(lengths, axis=1) <= 2).all() and np.ptp(lengths) > 30
+
+
 def test_samples_depend_on_part_seed_and_index_alone(corpus, chat):
     def make(part="train", n=8, **options):
         return samples(corpus, part, chat, lengths=(300, 900), n=n, **{"seed": 5} | options)

@@ -201,7 +201,7 @@ def test_the_context_is_read_once_for_all_masks(made, monkeypatch):
     monkeypatch.setattr(SpanModel, "dense", lambda self, b: calls.append(1) or dense(self, b))
     model = SpanModel(made[0], **WINDOW)
     evaluate(model, MASKS, made[1], batch_size=10, progress=lambda *x: done.append(x))
-    assert len(calls) == 3 and done == [(10, 27), (20, 27), (27, 27)]
+    assert len(calls) == 3 and done == [(10, 29), (20, 29), (29, 29)]
 
 
 def test_the_loss_is_that_of_learning(made):

@@ -317,8 +317,8 @@ def test_a_finished_run_makes_room(whole, text, tmp_path):
 def test_divergence_saves_the_last_good_mask(monkeypatch, text, tmp_path, step):
     batches = Feed.batches
 
-    def bad(self, world):
-        make = batches(self, world)
+    def bad(self, *args):
+        make = batches(self, *args)
 
         def poisoned(i):
             batch = make(i)

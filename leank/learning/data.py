@@ -108,6 +108,8 @@ class Samples(Sequence):
     lengths : int or (int, int)
         Tokens of context and span: always so many, or drawn log-uniformly from a range with both
         ends. A sample may be a token or two shorter where no cut of its text gives exactly these.
+    together : int, default 1
+        So many samples after each other are equally long, as those of a batch should be.
     n : int
     seed : int
     n_continued : int, default 64
@@ -129,6 +131,7 @@ class Samples(Sequence):
         kinds: Sequence[str] = ALL_KINDS,
         weights: Sequence[float] | None = None,
         lengths: int | tuple[int, int] = (512, 4096),
+        together: int = 1,
         n: int = 1,
         seed: int = 0,
         n_continued: int = 64,
@@ -138,10 +141,16 @@ class Samples(Sequence):
         self.kinds = tuple(kinds)
         self.shares = _shares(self.kinds, weights)
         self.lengths = _range(lengths)
-        for name, value, least in (("n", n, 1), ("seed", seed, 0), ("n_continued", n_continued, 1)):
+        for name, value, least in (
+            ("together", together, 1),
+            ("n", n, 1),
+            ("seed", seed, 0),
+            ("n_continued", n_continued, 1),
+        ):
             if not isinstance(value, int | np.integer) or value < least:
                 raise DataError(f"{name}: expected an integer from {least} on, got {value!r}")
-        self.part, self.n, self.seed, self.n_continued = part, int(n), int(seed), int(n_continued)
+        self.part, self.together, self.n = part, int(together), int(n)
+        self.seed, self.n_continued = int(seed), int(n_continued)
         self.prompt = _Prompt(tokenizer)
         # "</s>" in a text would become the end of a sequence.
         special = [token for token in tokenizer.all_special_tokens if token]
@@ -157,11 +166,13 @@ class Samples(Sequence):
         """Make the sample of an index from 0 to n - 1."""
         if not 0 <= index < self.n:
             raise IndexError(f"index: expected 0 to {self.n - 1}, got {index}")
-        rng = np.random.default_rng([self.seed, PARTS.index(self.part), index])
-        kind = self.kinds[int(rng.choice(len(self.kinds), p=self.shares))]
+        source = self.seed, PARTS.index(self.part)
         low, high = self.lengths
-        length = int(math.exp(rng.uniform(math.log(low), math.log(high + 1))))
+        drawn = np.random.default_rng([*source, index // self.together, 1])
+        length = int(math.exp(drawn.uniform(math.log(low), math.log(high + 1))))
         length = min(max(length, low), high)  # rounding of exp and log
+        rng = np.random.default_rng([*source, index])
+        kind = self.kinds[int(rng.choice(len(self.kinds), p=self.shares))]
         if kind == CONTINUATION:
             return self._continuation(rng, length)
         return self._needles(rng, kind, length)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -195,8 +195,7 @@ def evaluate(
             _check_item(i, item)
             kinds[i] = item.kind
         order = sorted(group, key=lambda i: (len(group[i].context), len(group[i].span)))
-        for begin in range(0, len(order), batch_size):
-            chosen = order[begin : begin + batch_size]
+        for chosen in _cut(order, [len(group[i].context) for i in order], batch_size):
             measured[:, :, chosen] = _measure(model, keeps, [group[i] for i in chosen])
             done += len(chosen)
             if progress is not None:
@@ -238,6 +237,20 @@ def _check_item(i: int, item: Sample) -> None:
 
 
 # ---------------------------------------------------------------------------------- one batch
+
+
+def _cut(order: list[int], lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Cut items into batches, where lengths change if a batch keeps half of its size that way.
+
+    Without padding attention takes its fast path.
+    """
+    begin = 0
+    while begin < len(order):
+        end = min(begin + batch_size, len(order))
+        same = lengths[begin:end].count(lengths[begin])
+        end = begin + same if 2 * same >= end - begin else end
+        yield order[begin:end]
+        begin = end
 
 
 def _collate(items: Sequence[Sample], device: torch.device) -> Batch:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
 
 from leank.learning.data import Batch, Sample, Samples, collate
 from leank.learning.parallel import World, share
@@ -15,7 +17,7 @@ from leank.learning.tasks import ALL_KINDS, CONTINUATION
 from leank.learning.text import Corpus, DataError, default_text, read_text, split
 
 LONGEST = 8192  # tokens of the default lengths, at most: a longer context costs time and no mask
-_AHEAD = 4  # batches that are made before they are asked for
+_WORKERS, _AHEAD = 8, 4  # processes that make batches, and how many each makes in advance
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class DataSettings:
     Attributes
     ----------
     lengths : int or (int, int), optional
-        Tokens of a sample: always so many, or spread over a range. Default: from twice the window
-        (but at least 512) to the model's context (but at most 8,192).
+        Tokens of the samples of a step, which are equally long: always so many, or spread over a
+        range. Default: from twice the window (but at least 512) to the model's context (but at most
+        8,192).
     batch_size : int
         Samples of a step, of all processes together.
     kinds : sequence of str
@@ -87,7 +90,7 @@ class Feed:
         files = [settings.text] if isinstance(settings.text, str | Path) else settings.text
         self.corpus: Corpus = split(read_text(files) if files else default_text())
         common = {"kinds": settings.kinds, "weights": settings.weights, "lengths": self.lengths}
-        common["seed"] = settings.seed
+        common |= {"seed": settings.seed, "together": settings.batch_size}
         n_train = max(1, n_steps) * settings.batch_size
         self.train = Samples(self.corpus, "train", tokenizer, n=n_train, **common)
         self.validation = Samples(
@@ -100,20 +103,19 @@ class Feed:
             common |= {"kinds": kinds, "weights": None}
             self.test = Samples(self.corpus, "test", tokenizer, n=settings.n_test, **common)
 
-    def batches(self, world: World) -> Callable[[int], Batch]:
-        """Return what makes the batch of a step, of a process's own samples."""
+    def batches(self, world: World, n_workers: int = 0) -> Callable[[int], Batch]:
+        """Return what makes the batch of a step, of a process's own samples.
+
+        n_workers : processes that make them in advance; 0: none, and only when asked for
+        """
         size = self.settings.batch_size
         if size < world.size:
             raise DataError(
                 f"batch_size: expected at least {world.size}, one per process, got {size}"
             )
-        n_steps = len(self.train) // size
-
-        def make(step: int) -> Batch:
-            items = share(range(step * size, (step + 1) * size), world)
-            return collate([self.train[i] for i in items])
-
-        return _Ahead(make, n_steps)
+        steps = range(0, len(self.train) - size + 1, size)
+        own = [share(range(first, first + size), world) for first in steps]
+        return _Ahead(self.train, own, n_workers)
 
     def validation_batches(self, world: World) -> list[Batch]:
         """Return a process's own of the validation's batches."""
@@ -124,28 +126,37 @@ class Feed:
         return [collate(items[start : start + size]) for start in share(starts, world)]
 
 
-class _Ahead:
-    """Makes batches in threads before they are asked for, since it takes as long as a GPU's step.
+def workers_for(device: torch.device) -> int:
+    """Return how many processes keep a device supplied.
 
-    The tokenizers leave Python's lock while they work.
+    A GPU's step takes as long as one sample. Beside a step on the CPU, which takes seconds, samples
+    cost nothing.
     """
+    return 0 if device.type == "cpu" else max(1, min(_WORKERS, (os.cpu_count() or 1) - 1))
 
-    def __init__(self, make: Callable[[int], Batch], n: int) -> None:
-        self._make, self._n = make, n
-        self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[int, Future[Batch]] = {}
+
+class _Ahead:
+    """Batches by step. Those of the next steps are made in advance, as long as none is skipped."""
+
+    def __init__(self, samples: Samples, own: list[Sequence[int]], n_workers: int) -> None:
+        self._samples, self._own, self._n_workers = samples, own, n_workers
+        self._next = -1
+        self._coming: Iterator[Batch] = iter(())
 
     def __call__(self, step: int) -> Batch:
-        if self._pool is None:
-            n_threads = max(1, min(_AHEAD, (os.cpu_count() or 1) // 2))
-            self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="leank-data")
-        wanted = range(step, min(step + _AHEAD, self._n))
-        for i in [i for i in self._coming if i not in wanted]:
-            self._coming.pop(i).cancel()
-        for i in wanted:
-            if i not in self._coming:
-                self._coming[i] = self._pool.submit(self._make, i)
-        return self._coming.pop(step).result()
+        if step != self._next:
+            self._coming = iter(
+                DataLoader(
+                    self._samples,
+                    batch_sampler=self._own[step:],
+                    collate_fn=collate,
+                    num_workers=self._n_workers,
+                    prefetch_factor=_AHEAD if self._n_workers else None,
+                    generator=torch.Generator(),  # else it would draw from the global one
+                )
+            )
+        self._next = step + 1
+        return next(self._coming)
 
 
 def _lengths(

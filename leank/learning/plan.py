@@ -84,7 +84,7 @@ class Request:
     folder: str | Path | None = None
     resume: bool = False
     report: bool = False
-    chunk: int = 2048
+    chunk: int = 8192
     cache_bytes: int | None = None
 
     @classmethod

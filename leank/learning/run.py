@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 import leank
+from leank.learning.feed import workers_for
 from leank.learning.folder import ResumeError, RunFolder, check_same
 from leank.learning.parallel import World, find_world
 from leank.learning.plan import LearnError, Plan, Request, Target
@@ -218,7 +219,7 @@ class Run:
 
     def _learn(self) -> None:
         targets, feed = self.plan.targets, self.plan.feed
-        batches = feed.batches(self.world)
+        batches = feed.batches(self.world, workers_for(self.model.device))
         validation = Validation(
             self.model,
             feed.validation_batches(self.world),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from leank.learning.data import Batch
@@ -19,6 +20,8 @@ from leank.learning.ops import mixed_attention
 from leank.models import Layout, inspect_structure
 
 _NAME = "leank_learn"
+# Without cuDNN, which makes a plan for each new shape: that takes longer than the attention.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class SpanModel:
         As `leank.patch`; or the weights are on several devices.
     """
 
-    def __init__(self, model: nn.Module, *, sink: int, recent: int, chunk: int = 2048) -> None:
+    def __init__(self, model: nn.Module, *, sink: int, recent: int, chunk: int = 8192) -> None:
         if chunk < 1:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
         self.layout: Layout = inspect_structure(model)
@@ -142,24 +145,24 @@ class SpanModel:
         ids = torch.cat([batch.context, batch.span], 1)
         n_context, n_columns = batch.context.shape[1], ids.shape[1]
         columns = torch.arange(n_columns, device=ids.device)
-        mask = (columns >= batch.start[:, None]).long()
+        # Without a mask attention takes its fast path.
+        mask = (columns >= batch.start[:, None]).long() if batch.start.any() else None
         # A padding column has any position.
         positions = (columns - batch.start[:, None]).clamp(min=0)
         cache = DynamicCache()
-        # The span is a chunk of its own, so that the last one returns its states alone.
-        cuts = [*range(0, n_context, self.chunk), n_context, n_columns]
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
-            if begin == end:
-                continue
-            out = self.base(
-                input_ids=ids[:, begin:end],
-                attention_mask=mask[:, :end],
-                position_ids=positions[:, begin:end],
-                past_key_values=cache,
-                use_cache=True,
-            )
+        # The span is in the last chunk.
+        cuts = [*range(0, max(1, n_context), self.chunk), n_columns]
+        with sdpa_kernel(_BACKENDS):
+            for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+                out = self.base(
+                    input_ids=ids[:, begin:end],
+                    attention_mask=None if mask is None else mask[:, :end],
+                    position_ids=positions[:, begin:end],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
         return Dense(
-            out.last_hidden_state,
+            out.last_hidden_state[:, -batch.span.shape[1] :].clone(),  # frees the others
             [layer.keys[:, :, :n_context] for layer in cache.layers],
             [layer.values[:, :, :n_context] for layer in cache.layers],
             [layer.keys[:, :, n_context:] for layer in cache.layers],
