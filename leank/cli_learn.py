@@ -62,13 +62,13 @@ def learn(
         typer.Option(
             "--stage1-steps", min=0, help="Steps that learn factors.", rich_help_panel=_STAGES
         ),
-    ] = 300,
+    ] = 200,
     stage2_steps: Annotated[
         int,
         typer.Option(
             "--stage2-steps", min=0, help="Steps that learn the mask.", rich_help_panel=_STAGES
         ),
-    ] = 200,
+    ] = 80,
     lr: Annotated[
         float, typer.Option(help="Highest learning rate of stage 1.", rich_help_panel=_STAGES)
     ] = 0.03,
@@ -111,7 +111,7 @@ def learn(
     ] = 4,
     validate_every: Annotated[
         int, typer.Option(min=1, help="Steps between validations.", rich_help_panel=_STAGES)
-    ] = 25,
+    ] = 10,
     start: Annotated[
         str,
         typer.Option(
@@ -138,7 +138,7 @@ def learn(
     ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Samples of a step.", rich_help_panel=_DATA)
-    ] = 4,
+    ] = 8,
     kinds: Annotated[
         str | None,
         typer.Option(
@@ -159,7 +159,7 @@ def learn(
         typer.Option(
             "--validation", min=1, help="Samples that choose the best mask.", rich_help_panel=_DATA
         ),
-    ] = 32,
+    ] = 64,
     n_test: Annotated[
         int,
         typer.Option(
@@ -277,6 +277,7 @@ def _run(name: str, request: Request, device: str, dtype: str, show_data: int) -
 
 def _learn(model: Any, plan: Plan) -> None:
     from leank.learning.bars import Bars
+    from leank.learning.report import print_report
     from leank.learning.run import Run
     from leank.learning.train import DivergedError
 
@@ -293,6 +294,10 @@ def _learn(model: Any, plan: Plan) -> None:
     if run.world.rank == 0:
         for target, mask in masks.items():
             typer.echo(_line(plan, target, mask))
+        if run.evaluations:
+            print_report(run.evaluations, Console())
+            where = plan.folder / ("report.md" if len(masks) == 1 else "*/report.md")
+            typer.echo(f"\nReport: {where}")
     run.world.leave()
 
 

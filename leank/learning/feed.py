@@ -44,12 +44,12 @@ class DataSettings:
     """
 
     lengths: int | tuple[int, int] | None = None
-    batch_size: int = 4
+    batch_size: int = 8
     kinds: tuple[str, ...] = ALL_KINDS
     weights: tuple[float, ...] | None = None
     text: str | Path | tuple[str | Path, ...] = ()
     seed: int = 0
-    n_validation: int = 32
+    n_validation: int = 64
     n_test: int = 64
 
 

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 import leank
+from leank.learning.evaluate import Evaluation, evaluate
 from leank.learning.feed import workers_for
 from leank.learning.folder import ResumeError, RunFolder, check_same
 from leank.learning.parallel import World, find_world
@@ -187,6 +188,7 @@ class Run:
         self._whole = model
         self.n_done = 0
         self.done: list[dict[str, Any]] = []  # final states of the targets so far
+        self.evaluations: list[Evaluation] = []  # of the report
         self._saved_at = time.monotonic()
         self.folder: RunFolder | None = None
         self._state: dict[str, Any] | None = None
@@ -207,6 +209,8 @@ class Run:
             for target, state in zip(self.plan.targets, self.done, strict=True):
                 masks[target] = self._mask(target, _best(state), state["stage1_loss"])
                 self._write(target, masks[target])
+            if self.folder is not None and self.world.rank == 0:
+                np.save(self.folder.path / "alpha.npy", self._alpha())
             if self.plan.request.report and self.world.rank == 0:
                 self._report(masks)
             self.world.wait()
@@ -346,6 +350,7 @@ class Run:
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return {
+            "kind": "header",
             "leank": leank.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -376,24 +381,27 @@ class Run:
             }
         )
 
+    def _alpha(self) -> np.ndarray:
+        """Return the factors that stage 1 of all targets ended with."""
+        return self.done[0]["stage1_alpha"].numpy()
+
     # ----------------------------------------------------------------------------------- reporting
 
     def _report(self, masks: dict[Target, ChannelMask]) -> None:
         """Test the masks and write a report for each, into the folder or one of its own in it."""
-        from leank.learning.evaluate import evaluate
-        from leank.learning.report import write_report
+        from leank.learning.report import write_report  # needs rich
 
         keeps = {str(target): mask.keep for target, mask in masks.items()}
         size = self.plan.feed.settings.batch_size
-        evaluations = evaluate(self.model, keeps, self.plan.feed.test, batch_size=size)
-        for (target, mask), state in zip(masks.items(), self.done, strict=True):
+        self.evaluations = evaluate(self.model, keeps, self.plan.feed.test, batch_size=size)
+        for i, (target, mask) in enumerate(masks.items()):
             folder, log = self.folder.path, self.folder.log_path
             if len(masks) > 1:
                 folder = folder / str(target)
                 log = self.folder.log_of(target._asdict(), folder)
-            alpha = state["stage1_alpha"].numpy()
-            np.save(folder / "alpha.npy", alpha)
-            write_report(folder, evaluations, mask, log, alpha)
+            others = [e for e in self.evaluations if e is not self.evaluations[i]]
+            own_first = [self.evaluations[i], *others]
+            write_report(folder, own_first, mask, log, self._alpha())
 
 
 def _best(state: dict[str, Any]) -> Best:

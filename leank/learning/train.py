@@ -69,8 +69,8 @@ class Settings:
     ratio: float = 0.7
     align: int = 16
     budget: str = "k"
-    stage1_steps: int = 300
-    stage2_steps: int = 200
+    stage1_steps: int = 200
+    stage2_steps: int = 80
     lr: float = 0.03
     stage2_lr: float = 0.005
     penalty: float = 0.06
@@ -78,7 +78,7 @@ class Settings:
     fade: float = 0.0
     live: float = 0.0
     zero_every: int = 4
-    validate_every: int = 25
+    validate_every: int = 10
 
     def __post_init__(self) -> None:
         """Check what no other part checks."""
