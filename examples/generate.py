@@ -1,7 +1,5 @@
 """Generate with a pruned K cache and with a dense one: python examples/generate.py."""
 
-import importlib.resources
-
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import leank
@@ -10,7 +8,6 @@ from leank.smollm2 import model_path
 path = model_path()
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path)
-mask = importlib.resources.files("leank") / "data/smollm2-135m-start.safetensors"
 
 lines = [f"On day {i} the boat came back at {i % 12 + 1} with fish." for i in range(1, 120)]
 lines[40] = "The key of the boat house hangs behind the green door."
@@ -29,7 +26,7 @@ def answer():
     return tokenizer.decode(new, skip_special_tokens=True), out.past_key_values
 
 
-with leank.patch(model, mask):
+with leank.patch(model, "smollm2-135m-instruct-70"):
     text, cache = answer()
 print("pruned:", text, f"({cache.memory()['total_bytes']:,} bytes)")
 text, cache = answer()

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from leank import _C
+from leank import _C, shipped
 from leank._C import LayerCache, decode
 from leank.masks import ChannelMask, MaskFileError
 
@@ -40,6 +40,7 @@ __all__ = [
     "learn_many",
     "make_cache",
     "patch",
+    "shipped",
     "unpatch",
 ]
 if _MISSING:  # `from leank import *` and help(leank) ask for every name

@@ -11,13 +11,14 @@ import copy
 import inspect
 import os
 import types
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import transformers
 from torch import nn
 
-from . import attention
+from . import attention, shipped
 from ._generate import HOOKS, REPLACED
 from .cache import HANDLE, LeanKCache, patch_of, resolve_window
 from .masks import ChannelMask
@@ -138,8 +139,9 @@ def patch(
     model : transformers.PreTrainedModel
         A Llama or Qwen2 causal language model on the CPU, in float32, bfloat16 or float16, with
         sdpa or eager attention.
-    mask : ChannelMask or path
-        Channels to keep, [layers, KV heads, head dim]; or a mask file.
+    mask : ChannelMask, path or name
+        Channels to keep, [layers, KV heads, head dim]; or a mask file; or a name that
+        ``leank masks`` lists.
     sink, recent : int, optional
         The window: first and last tokens whose K stays whole. Default: what the mask was learned
         with; must be given if the mask does not say.
@@ -167,16 +169,11 @@ def patch(
 
     Examples
     --------
-    >>> with leank.patch(model, "mask.safetensors"):                    # doctest: +SKIP
+    >>> with leank.patch(model, "smollm2-135m-instruct-70"):            # doctest: +SKIP
     ...     tokens = model.generate(**inputs, max_new_tokens=64)
     """
     if isinstance(mask, (str, os.PathLike)):
-        if os.fspath(mask).endswith(".pth"):
-            raise ValueError(
-                "mask: expected a file that knows its window, got a .pth file; "
-                "use ChannelMask.from_pth(path, sink=, recent=)"
-            )
-        mask = ChannelMask.load(mask)
+        mask = _read_mask(mask)
     if not isinstance(mask, ChannelMask):
         raise TypeError(f"mask: expected a ChannelMask or a path, got {type(mask).__name__}")
     if prefill not in ("dense", "pruned"):
@@ -193,6 +190,22 @@ def patch(
     handle = Patch(model, mask, layout, window, prefill)
     handle._apply()
     return handle
+
+
+def _read_mask(mask: str | os.PathLike) -> ChannelMask:
+    path = Path(mask)
+    if path.suffix == ".pth":
+        raise ValueError(
+            "mask: expected a file that knows its window, got a .pth file; "
+            "use ChannelMask.from_pth(path, sink=, recent=)"
+        )
+    is_name = isinstance(mask, str) and path.name == mask and path.suffix != ".safetensors"
+    if not is_name or path.exists():
+        return ChannelMask.load(path)
+    try:
+        return shipped.load(mask)
+    except shipped.ShippedMaskError as error:
+        raise ValueError(f"mask: no such file, and as a {error}") from error
 
 
 def unpatch(model: nn.Module) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.resources
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ import transformers
 from rich.console import Console
 
 import leank
-from leank import demo_text, smollm2
+from leank import demo_text, shipped, smollm2
 from leank.demo_measure import TIMED_STEPS, Bars, Measured, measure
 from leank.loading import quiet, reason
 
-_MASK = "data/smollm2-135m-start.safetensors"
+_MASK = "smollm2-135m-instruct-70"
 _MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -120,9 +119,7 @@ def _text_and_question(options: Options) -> tuple[str, str]:
 def _mask(options: Options) -> leank.ChannelMask:
     try:
         if options.mask is None:
-            shipped = importlib.resources.files("leank").joinpath(_MASK)
-            with importlib.resources.as_file(shipped) as path:
-                mask = leank.ChannelMask.load(path)
+            mask = shipped.load(_MASK)
         elif options.mask.suffix == ".pth":
             mask = leank.ChannelMask.from_pth(options.mask)
         else:

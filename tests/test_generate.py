@@ -1,7 +1,6 @@
 """generate() on a patched model: against the dense model, and against the rule on dense K and V."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -316,8 +315,7 @@ def test_all_keeping_mask_equals_dense_smollm2_bfloat16(smollm2):
 @pytest.mark.model
 def test_learned_mask_equals_the_rule_smollm2(smollm2):
     model, ids = smollm2
-    name = "smollm2-135m-start.safetensors"
-    mask = leank.ChannelMask.load(Path(leank.__file__).parent / "data" / name)
+    mask = leank.shipped.load("smollm2-135m-instruct-70")
     n = 12
     with leank.patch(model, mask):
         out = steps(model, ids, n, leank.make_cache(model))

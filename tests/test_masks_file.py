@@ -6,7 +6,6 @@ import doctest
 import os
 import pickle
 import sys
-from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -330,11 +329,3 @@ def test_without_safetensors(tmp_path, monkeypatch):
     for use in (lambda: ChannelMask.load(path), lambda: some_mask().save(path)):
         with pytest.raises(ModuleNotFoundError, match=r"needs safetensors: pip install 'leank\[hf"):
             use()
-
-
-def test_the_shipped_mask():
-    mask = ChannelMask.load(files("leank").joinpath("data/smollm2-135m-start.safetensors"))
-    assert mask.keep.shape == (30, 3, 64)
-    assert (mask.sink, mask.recent, mask.align) == (64, 512, 16)
-    assert mask.ratio == pytest.approx(0.7) and round(mask.empty_heads, 3) == 0.222
-    assert mask.model == "SmolLM2-135M-Instruct"

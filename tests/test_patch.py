@@ -153,6 +153,23 @@ def test_mask_file(model, tmp_path):
             assert handle.window == {"sink": mask.sink, "recent": mask.recent, "slack": 64}
 
 
+def test_mask_by_name(model, tmp_path, monkeypatch):
+    name = "smollm2-135m-instruct-70"
+    with pytest.raises(ValueError, match=r"^mask: expected \(3, 2, 16\) .*, got \(30, 3, 64\)$"):
+        leank.patch(model, name)
+    wrong = r"^mask: no such file, and as a name: expected one of \d+ .* near it: smollm2-135m-"
+    with pytest.raises(ValueError, match=wrong):
+        leank.patch(model, "smollm2-135m-instruct-71")
+    for path in ("mask.safetensors", str(tmp_path / "mask"), tmp_path / "mask"):
+        with pytest.raises(FileNotFoundError):
+            leank.patch(model, path)
+    # A file of that name is meant, if there is one.
+    monkeypatch.chdir(tmp_path)
+    pruned().save(tmp_path / name)
+    with leank.patch(model, name) as handle:
+        np.testing.assert_array_equal(handle.mask.keep, pruned().keep)
+
+
 def test_given_window_wins(model):
     bare = dataclasses.replace(pruned(), sink=None, recent=None)
     ids, _ = prompts([40])
