@@ -21,7 +21,7 @@ from leank import ChannelMask, cli_learn  # noqa: E402
 from leank.cli import app  # noqa: E402
 from leank.learning import DataSettings, Settings, learn  # noqa: E402
 from leank.learning import run as run_module  # noqa: E402
-from leank.learning.feed import Feed  # noqa: E402
+from leank.learning.feed import Batches  # noqa: E402
 
 from .learn_run_tools import OPTIONS, character_tokenizer, write_model, write_text  # noqa: E402
 from .tiny_models import tiny  # noqa: E402
@@ -163,16 +163,24 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(folder, tmp_path, monkeypa
     assert "resume: expected a run with lr 0.2, got one with 0.1" in other.stderr
 
 
-def test_a_signal_while_it_learns(folder, tmp_path):
-    """A real Ctrl-C: one line, and the state is there."""
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_a_signal_while_it_learns(folder, tmp_path, n_workers):
+    """A real Ctrl-C, which all processes get: one line, the state is there, nobody stays."""
     output = tmp_path / "mask"
     command = words(folder, output=output, stage1_steps=10_000, n_test=0)
+    code = f"""if True:
+        from leank.learning import run
+        run.workers_for = lambda device: {n_workers}
+        from leank.__main__ import main
+        main()
+        """
     run = subprocess.Popen(
-        [sys.executable, "-m", "leank", *command],
+        [sys.executable, "-c", code, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
         # A shell lets what it runs in the background ignore the signal, which is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -180,26 +188,23 @@ def test_a_signal_while_it_learns(folder, tmp_path):
     deadline = time.monotonic() + 60
     while not state.exists() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
+    os.killpg(run.pid, signal.SIGINT)
     stdout, stderr = run.communicate(timeout=60)
     assert run.returncode == 130, stderr
     assert stdout == "" and "Traceback" not in stderr and state.exists()
     assert re.search(r"leank learn: stopped after \d+ of 10006 steps; --resume goes on$", stderr)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)
 
 
 def test_divergence_is_one_line(folder, tmp_path, monkeypatch):
-    batches = Feed.batches
+    make = Batches.__call__
 
-    def bad(self, *args):
-        make = batches(self, *args)
+    def poisoned(self, i):
+        batch = make(self, i)
+        return batch._replace(weights=batch.weights * float("nan")) if i == 8 else batch
 
-        def poisoned(i):
-            batch = make(i)
-            return batch._replace(weights=batch.weights * float("nan")) if i == 8 else batch
-
-        return poisoned
-
-    monkeypatch.setattr(Feed, "batches", bad)
+    monkeypatch.setattr(Batches, "__call__", poisoned)
     output = tmp_path / "mask"
     result = leank_learn(folder, output=output)
     assert result.exit_code == 1 and result.stdout == ""

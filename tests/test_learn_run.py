@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 import leank  # noqa: E402
 from leank.learning import DivergedError, ResumeError  # noqa: E402
 from leank.learning import run as run_module  # noqa: E402
-from leank.learning.feed import Feed  # noqa: E402
+from leank.learning.feed import Batches  # noqa: E402
 from leank.learning.folder import read_state  # noqa: E402
 
 from .learn_run_tools import OPTIONS, character_tokenizer, learn, write_text  # noqa: E402
@@ -302,18 +302,13 @@ def test_a_finished_run_makes_room(whole, text, tmp_path):
 
 @pytest.mark.parametrize("step", [0, 4, 9])
 def test_divergence_saves_the_last_good_mask(monkeypatch, text, tmp_path, step):
-    batches = Feed.batches
+    make = Batches.__call__
 
-    def bad(self, *args):
-        make = batches(self, *args)
+    def poisoned(self, i):
+        batch = make(self, i)
+        return batch._replace(weights=batch.weights * float("nan")) if i == step else batch
 
-        def poisoned(i):
-            batch = make(i)
-            return batch._replace(weights=batch.weights * float("nan")) if i == step else batch
-
-        return poisoned
-
-    monkeypatch.setattr(Feed, "batches", bad)
+    monkeypatch.setattr(Batches, "__call__", poisoned)
     output = tmp_path / "m"
     with pytest.raises(DivergedError) as caught:
         learn(text, output=output)

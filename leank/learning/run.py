@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from torch import nn
 
 import leank
 from leank.learning.evaluate import Evaluation, evaluate
-from leank.learning.feed import workers_for
+from leank.learning.feed import Batches, workers_for
 from leank.learning.folder import ResumeError, RunFolder, check_same
 from leank.learning.parallel import World, find_world
 from leank.learning.plan import LearnError, Plan, Request, Target
@@ -222,36 +223,42 @@ class Run:
     # ----------------------------------------------------------------------------------- learning
 
     def _learn(self) -> None:
-        targets, feed = self.plan.targets, self.plan.feed
-        batches = feed.batches(self.world, workers_for(self.model.device))
+        feed = self.plan.feed
         validation = Validation(
             self.model,
             feed.validation_batches(self.world),
             world=self.world,
             cache_bytes=self._cache_bytes(),
         )
-        for i in range(len(self.done), len(targets)):
-            learner = Learner(
-                self.model,
-                self.plan.settings_of(targets[i]),
-                batches,
-                validation,
-                start=self._start() if i == 0 and self._state is None else None,
-                world=self.world,
-            )
-            if self._state is not None:
-                learner.load_state_dict(self._state)
-                self._state = None
-            try:
-                if i > 0 and learner.n_done == 0:
-                    learner.skip_stage1(self.done[0]["stage1_alpha"])
-                self._run_one(learner, targets[i])
-            except DivergedError as error:
-                raise self._diverged(error, learner, targets[i]) from error
-            self.done.append(learner.state_dict() | {"optimizer": None})
-            self._save(None)
-            mask = self._mask(targets[i], learner.best, learner.stage1_loss)
-            self._write(targets[i], mask)  # now, since the next target may take long
+        batches = feed.batches(self.world, workers_for(self.model.device))
+        with contextlib.closing(batches):
+            for i in range(len(self.done), len(self.plan.targets)):
+                self._learn_one(i, batches, validation)
+
+    def _learn_one(self, i: int, batches: Batches, validation: Validation) -> None:
+        """Learn the mask of a target; stage 1 is that of the first."""
+        target = self.plan.targets[i]
+        learner = Learner(
+            self.model,
+            self.plan.settings_of(target),
+            batches,
+            validation,
+            start=self._start() if i == 0 and self._state is None else None,
+            world=self.world,
+        )
+        if self._state is not None:
+            learner.load_state_dict(self._state)
+            self._state = None
+        try:
+            if i > 0 and learner.n_done == 0:
+                learner.skip_stage1(self.done[0]["stage1_alpha"])
+            self._run_one(learner, target)
+        except DivergedError as error:
+            raise self._diverged(error, learner, target) from error
+        self.done.append(learner.state_dict() | {"optimizer": None})
+        self._save(None)
+        mask = self._mask(target, learner.best, learner.stage1_loss)
+        self._write(target, mask)  # now, since the next target may take long
 
     def _run_one(self, learner: Learner, target: Target) -> None:
         n1, n2 = learner.settings.stage1_steps, learner.settings.stage2_steps
