@@ -170,6 +170,19 @@ def test_a_report_for_each_mask(text, tmp_path):
         assert report["mask"]["ratio"] == mask.ratio and report["n_steps"] == N_TOTAL
 
 
+def test_a_report_says_what_its_own_mask_was_chosen_by(text, tmp_path):
+    """Stage 1 is shared, its mask is not: each report had the loss of the first mask."""
+    options = OPTIONS | {"text": (text,), "folder": tmp_path, "report": True, "stage2_lr": 0.0}
+    masks = leank.learn_many(tiny(), character_tokenizer(), [0.5, 0.75], [8], **options)
+    losses = []
+    for target, mask in masks.items():
+        best = read_report(tmp_path / str(target))["best"]
+        assert (best["stage"], best["step"]) == (1, 5)
+        assert f"validation loss {best['validation']:.6g} at stage 1, step 5" in mask.method
+        losses.append(best["validation"])
+    assert losses[0] != losses[1]
+
+
 # ------------------------------------------------------------------------------------- resuming
 
 

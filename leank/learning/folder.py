@@ -64,21 +64,28 @@ class RunFolder:
             self._log.write(json.dumps(clean).encode() + b"\n")
             self._log.flush()
 
-    def log_of(self, pair: dict[str, Any], folder: Path) -> Path:
-        """Write the lines that concern one mask to a log in another folder; return its path.
+    def log_of(self, pair: dict[str, Any], stage1_loss: float | None, folder: Path) -> Path:
+        """Write what concerns one of several masks to a log in another folder; return its path.
 
         Parameters
         ----------
         pair : dict
             Ratio and align, as they are in the lines of stage 2.
+        stage1_loss : float or None
+            Validation loss of stage 1's mask for this pair. All share stage 1, but the log has the
+            loss of the first one's.
         folder : Path
             Made if it is not there.
         """
         folder.mkdir(exist_ok=True)
         path = folder / self.log_path.name
         header, *lines = self.log_path.read_text(encoding="utf-8").splitlines()
-        own = [line for line in lines if pair.items() <= (pair | json.loads(line)).items()]
-        path.write_text("\n".join([header, *own]) + "\n", encoding="utf-8")
+        own = [step for step in map(json.loads, lines) if pair.items() <= (pair | step).items()]
+        for step in own:
+            if step["stage"] == 1 and step["validation"] is not None:
+                step["validation"] = stage1_loss
+        whole = [header, *map(json.dumps, own)]
+        path.write_text("\n".join(whole) + "\n", encoding="utf-8")
         return path
 
     def save(self, state: dict[str, Any]) -> None:

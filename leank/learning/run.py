@@ -405,7 +405,8 @@ class Run:
             folder, log = self.folder.path, self.folder.log_path
             if len(masks) > 1:
                 folder = folder / str(target)
-                log = self.folder.log_of(target._asdict(), folder)
+                loss = self.done[i]["stage1_loss"]
+                log = self.folder.log_of(target._asdict(), loss, folder)
             others = [e for e in self.evaluations if e is not self.evaluations[i]]
             own_first = [self.evaluations[i], *others]
             write_report(folder, own_first, mask, log, self._alpha())
