@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -281,10 +283,10 @@ def _learn(model: Any, plan: Plan) -> None:
     from leank.learning.run import Run
     from leank.learning.train import DivergedError
 
-    run = Run(model, plan)
+    run = Run(model, plan, command=shlex.join(["leank", *sys.argv[1:]]))
     try:
         with Bars(Console(stderr=True, quiet=run.world.rank > 0)) as bars:
-            run.progress = bars
+            run.progress, run.tested = bars, bars.tested
             masks = run.go()
     except DivergedError as error:
         _fail(f"diverged: {error}", error, 1)

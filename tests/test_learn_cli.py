@@ -55,7 +55,8 @@ def leank_learn(folder, columns=80, **options):
     return CliRunner().invoke(app, words(folder, **options), env=env)
 
 
-def test_the_same_mask_as_the_function(folder, tmp_path):
+def test_the_same_mask_as_the_function(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/leank", "learn", "my model", "-o", "mask"])
     result = leank_learn(folder, output=tmp_path / "mask")
     assert result.exit_code == 0, result.output
     mask = ChannelMask.load(tmp_path / "mask")
@@ -67,8 +68,9 @@ def test_the_same_mask_as_the_function(folder, tmp_path):
     assert re.search(r"% of K and V kept .*; validation loss [\d.]+ at stage \d, step \d", line)
     report = tmp_path / "mask.run" / "report.md"
     assert report.exists() and line.endswith(f"Report: {report}")
+    assert "```\nleank learn 'my model' -o mask\n```" in report.read_text()
     assert "r0.5-a8, dense against mask" in line and "KV bytes" in line
-    for part in ("stage 2 r0.5-a8", "12/12", "loss", "valid", "alpha"):
+    for part in ("stage 2 r0.5-a8", "12/12", "loss", "valid", "alpha", "test ", "3/3"):
         assert part in result.stderr
 
 

@@ -150,7 +150,9 @@ def learn_many(
         from leank.learning.bars import Bars  # needs rich
 
         with Bars() as bars:
-            return Run(model, plan, bars).go()
+            run = Run(model, plan, bars)
+            run.tested = bars.tested
+            return run.go()
     return Run(model, plan, progress or None).go()
 
 
@@ -164,6 +166,13 @@ class Run:
     progress : callable, optional
     world : World, optional
         Default: the processes that torchrun or accelerate started, or this one alone.
+    command : str
+        What a user typed, for the log and the report.
+
+    Attributes
+    ----------
+    tested : callable or None
+        Called with the numbers of items done and of all while the report is made.
 
     Raises
     ------
@@ -177,9 +186,11 @@ class Run:
         plan: Plan,
         progress: Progress | None = None,
         world: World | None = None,
+        command: str = "",
     ) -> None:
         r = plan.request
-        self.plan, self.progress = plan, progress
+        self.plan, self.progress, self.command = plan, progress, command
+        self.tested: Callable[[int, int], None] | None = None
         try:
             self.model = SpanModel(model, sink=r.sink, recent=r.recent, chunk=r.chunk)
         except (TypeError, ValueError) as error:
@@ -358,6 +369,7 @@ class Run:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return {
             "kind": "header",
+            **({"command": self.command} if self.command else {}),
             "leank": leank.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -400,7 +412,9 @@ class Run:
 
         keeps = {str(target): mask.keep for target, mask in masks.items()}
         size = self.plan.feed.settings.batch_size
-        self.evaluations = evaluate(self.model, keeps, self.plan.feed.test, batch_size=size)
+        self.evaluations = evaluate(
+            self.model, keeps, self.plan.feed.test, batch_size=size, progress=self.tested
+        )
         for i, (target, mask) in enumerate(masks.items()):
             folder, log = self.folder.path, self.folder.log_path
             if len(masks) > 1:
