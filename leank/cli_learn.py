@@ -19,7 +19,7 @@ _MASK, _STAGES, _DATA, _RUN = "What to learn", "How", "From what", "Where and ho
 
 def learn(
     model: Annotated[
-        str, typer.Argument(metavar="[NAME_OR_PATH]", help="Llama or Qwen2 model.")
+        str, typer.Argument(metavar="NAME_OR_PATH", help="Llama or Qwen2 model.")
     ] = "smollm2",
     output: Annotated[
         Path | None,
@@ -144,7 +144,10 @@ def learn(
     kinds: Annotated[
         str | None,
         typer.Option(
-            metavar="KIND,...", help="Kinds of samples; default: all.", rich_help_panel=_DATA
+            metavar="KIND,...",
+            help="Of single, multi_key, words, multi_query, multi_value, variables, passkey, "
+            "lines, table, copy and continuation; default: all.",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     weights: Annotated[
@@ -180,7 +183,9 @@ def learn(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(
-            help="Of the weights; auto: bfloat16 on a GPU, else float32.", rich_help_panel=_RUN
+            metavar="TYPE",
+            help="float32, bfloat16 or float16 weights; auto: bfloat16 on a GPU, else float32.",
+            rich_help_panel=_RUN,
         ),
     ] = "auto",
     folder: Annotated[
@@ -198,9 +203,9 @@ def learn(
 ) -> None:
     """Learn which K channels a model can do without, and write a mask file.
 
-    Text and tasks are made offline. Stage 1 learns a factor per channel, stage 2 the mask as it
-    will be used; the mask with the smallest validation loss is written. A run that was stopped
-    goes on with --resume.
+    Text and tasks are made offline. Stage 1 learns a factor per channel, stage
+    2 the mask as it will be used; the mask with the smallest validation loss is
+    written. A run that was stopped goes on with --resume.
     """
     try:
         # Not at the top: torch takes seconds, and --help should not.

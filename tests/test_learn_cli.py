@@ -22,6 +22,7 @@ from leank.cli import app  # noqa: E402
 from leank.learning import DataSettings, Settings, learn  # noqa: E402
 from leank.learning import run as run_module  # noqa: E402
 from leank.learning.feed import Batches  # noqa: E402
+from leank.learning.tasks import ALL_KINDS  # noqa: E402
 
 from .learn_run_tools import OPTIONS, character_tokenizer, write_model, write_text  # noqa: E402
 from .tiny_models import tiny  # noqa: E402
@@ -127,10 +128,21 @@ def test_defaults_are_those_of_the_settings():
 def test_help_does_not_need_torch():
     code = "import sys; sys.modules['torch'] = None; from leank.__main__ import main; main()"
     run = subprocess.run(
-        [sys.executable, "-c", code, "learn", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, "learn", "--help"],
+        env=os.environ | {"COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for part in ("What to learn", "From what", "--stage2-steps", "--resume", "smollm2"):
         assert part in run.stdout
+    text = " ".join(run.stdout.replace("│", "").split())
+    assert f"Of {', '.join(ALL_KINDS[:-1])} and {ALL_KINDS[-1]}; default: all." in text
+    assert "learn [OPTIONS] [NAME_OR_PATH]" in text
+    # No line of the text is broken: rich breaks those that are too long, then writes on below.
+    assert " Text and tasks are made offline. Stage 1 learns a factor per channel, stage" in (
+        line.rstrip() for line in run.stdout.splitlines()
+    )
     run = subprocess.run([sys.executable, "-c", code, "learn"], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == "leank learn: needs torch: pip install 'leank[learn]'\n"
@@ -246,8 +258,8 @@ def other_attention(folder):
         (lambda f: {"lengths": "2000"}, "lengths: expected at most 1,024 tokens, the model's"),
         (lambda f: {"recent": 900}, "lengths: expected more than the 904 tokens of the window"),
         (lambda f: {"kinds": "riddle"}, "kinds: .*riddle"),
-        (lambda f: {"text": f / "none"}, "text: .*none: .*No such file"),
-        (lambda f: {"text": f}, "text: .*: .*Is a directory"),
+        (lambda f: {"text": f / "none"}, "text: .*none: No such file or directory$"),
+        (lambda f: {"text": f}, "text: .*: Is a directory$"),
         (lambda f: {"start": f / "none"}, "start: .*none: No such file"),
         (lambda f: {"device": "tpu"}, "device: expected auto, cpu, cuda or cuda:N, got tpu"),
         (lambda f: {"model": f / "none"}, "model: .*none: "),
