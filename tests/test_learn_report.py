@@ -125,6 +125,7 @@ def test_each_head_has_pixels_of_its_own(tmp_path, shape):
     picture.draw_alpha(tmp_path / "x.png", alpha, keep)
     pixels = image.imread(tmp_path / "x.png")
     assert pixels.shape[0] >= 5 * shape[0] * shape[1]
+    assert (pixels[:, -2:, :3] == 1).all(), "a title runs out of the picture"
     column = pixels[:, pixels.shape[1] // 2, :3]  # in the panel of the mask
     dark = np.abs(column - [0x1B / 255, 0x4F / 255, 0x72 / 255]).max(-1) < 0.02
     n_runs = int((np.diff(dark.astype(int)) == 1).sum())

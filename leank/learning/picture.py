@@ -72,7 +72,7 @@ def _draw_widths(axes: Axes, keep: npt.NDArray[np.bool_]) -> None:
     axes.set_xlim(0, head_dim)
     axes.set_xticks([0, head_dim // 2, head_dim])
     axes.set_xlabel("channels kept")
-    axes.set_title(f"heads, {empty.mean():.0%} empty (red)", loc="left", fontsize=10)
+    axes.set_title(f"{empty.mean():.0%} empty (red)", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 
