@@ -148,6 +148,12 @@ def test_short_and_broken_runs_are_drawn(tmp_path, made):
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
+def test_a_first_loss_of_rounding_alone_does_not_fill_the_axis():
+    picture = pytest.importorskip("leank.learning.picture")
+    assert picture._bottom(np.array([1e-13, 0.2, 0.4])) == pytest.approx(1e-4)
+    assert picture._bottom(np.array([0.1, 0.2, 0.4])) == pytest.approx(0.05)
+
+
 def test_the_running_mean_begins_with_the_first_value():
     picture = pytest.importorskip("leank.learning.picture")
     means = picture._running_mean(np.array([3.0, np.nan, 5.0]))
