@@ -92,7 +92,7 @@ def test_the_report_holds_the_numbers(tmp_path, log):
     ]
     [row] = rows(text, "continuation")
     assert row[2:6] == ["-"] * 4 and row[6] == f"{learned.kinds[-1].kl:.4f}"
-    [row] = rows(text, "mean of 8")
+    [row] = rows(text, f"mean of {len(learned.counted)}")
     assert row[4].strip("*") == f"{learned.loss_points:+.2f}"
     assert [len(rows(text, name)) for name in ("learned", "random", "copy", "`seed`")] == [1] * 4
     for n in (4096, 32768, 131072):
@@ -220,6 +220,7 @@ def test_what_is_printed_fits(width):
     assert max(map(len, text.splitlines())) <= width and "…" not in text
     words = " ".join(text.split())
     learned = evaluation()
-    assert f"│ mean of 8 │ 400 │ {learned.dense:.1%} │ {learned.mask:.1%} │" in words
+    mean = f"mean of {len(learned.counted)} │ {50 * len(learned.counted)}"
+    assert f"│ {mean} │ {learned.dense:.1%} │ {learned.mask:.1%} │" in words
     assert f"│ learned │ {learned.kept_k:.1%} │ {learned.kept_v:.1%} │" in words
     assert "one-sided 95%" in words
