@@ -309,11 +309,11 @@ def _learn(model: Any, plan: Plan) -> None:
 
 
 def _line(plan: Plan, target: Target, mask: ChannelMask) -> str:
-    from leank.learning.budget import kv_kept
+    from leank.masks import kept_shares
 
     return (
         f"{plan.outputs[target]}: {mask.ratio:.1%} of K dropped, {mask.empty_heads:.1%} of heads "
-        f"empty, {kv_kept(mask.keep):.1%} of K and V kept outside the window; "
+        f"empty, {kept_shares(mask.keep)['kv_bytes']:.1%} of K and V kept outside the window; "
         f"{mask.method.rsplit('; ', 1)[1]}"
     )
 

@@ -22,6 +22,7 @@ import torch
 from leank.learning.data import Batch, Sample
 from leank.learning.span import Dense, SpanModel
 from leank.learning.tasks import ALL_KINDS, CONTINUATION
+from leank.masks import kept_shares
 
 LEAST_DENSE = 0.20  # a kind counts if the dense model scores more
 CONFIDENCE = 0.95  # of the upper limits, one-sided
@@ -182,8 +183,7 @@ def evaluate(
         raise ValueError("items: expected at least one, got none")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    device = next(model.base.parameters()).device
-    keeps = [torch.tensor(keep, device=device) for keep in arrays]
+    keeps = [torch.tensor(keep, device=model.device) for keep in arrays]
     n, done = len(items), 0
     kinds: list[str] = [""] * n
     # Dense and each mask: score, KL and loss of each item.
@@ -370,14 +370,9 @@ def _evaluation(name: str, keep: np.ndarray, items: Items) -> Evaluation:
         means = {key: float(np.mean([getattr(k, key) for k in counted])) for key in means}
         spread = [variances[k.kind] for k in counted]
         upper = _upper(means["loss_points"], sum(spread) / len(spread) ** 2)
-    empty = float((~keep.any(-1)).mean())
-    kept_k, kept_v = float(keep.mean()), float(keep.any(-1).mean())
     return Evaluation(
         name=name,
-        kept_k=kept_k,
-        kept_v=kept_v,
-        kv_bytes=(kept_k + kept_v) / 2,
-        empty_heads=empty,
+        **kept_shares(keep),
         kinds=tuple(kinds),
         counted=tuple(k.kind for k in counted),
         **means,

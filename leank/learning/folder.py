@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from leank._files import replacing
 
 FORMAT = 1
 
@@ -103,19 +104,8 @@ class RunFolder:
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a file in one step: a process that is killed leaves the new one or the old one."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with replacing(path, partial=path.name + ".partial") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    # The name is on the disk when the folder is; not every system can do that.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
