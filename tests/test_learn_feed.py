@@ -56,6 +56,18 @@ def test_workers_make_the_same_batches_and_end(feed):
     helped.close()
 
 
+def test_validation_and_test_do_not_depend_on_the_size_of_batches(text):
+    """With a smaller one, since memory ran out, other samples would be asked for."""
+    made = []
+    for size in (2, 5):
+        settings = DataSettings(lengths=(260, 300), batch_size=size, kinds=("single",), text=text)
+        made.append(Feed(character_tokenizer(), settings, n_steps=1, window=64, context=None))
+    for part in ("validation", "test"):
+        for i in range(6):
+            one, other = (getattr(feed, part)[i] for feed in made)
+            assert (one.context == other.context).all() and (one.span == other.span).all()
+
+
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_what_is_wrong_with_a_sample_is_one_line(feed, n_workers):
     """A worker's exception used to come with the traceback of its process as the message."""

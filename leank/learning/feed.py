@@ -18,6 +18,7 @@ from leank.learning.tasks import ALL_KINDS, CONTINUATION
 from leank.learning.text import Corpus, DataError, default_text, read_text, split
 
 LONGEST = 8192  # tokens of the default lengths, at most: a longer context costs time and no mask
+_TOGETHER = 8  # samples of one length in a test, which no other size of batches may change
 _WORKERS, _AHEAD = 8, 4  # processes that make batches, and how many each makes in advance
 
 
@@ -94,6 +95,7 @@ class Feed:
         common |= {"seed": settings.seed, "together": settings.batch_size}
         n_train = max(1, n_steps) * settings.batch_size
         self.train = Samples(self.corpus, "train", tokenizer, n=n_train, **common)
+        common["together"] = _TOGETHER
         self.validation = Samples(
             self.corpus, "validation", tokenizer, n=settings.n_validation, **common
         )
