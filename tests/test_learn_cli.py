@@ -223,7 +223,7 @@ def test_divergence_is_one_line(folder, tmp_path, monkeypatch):
     result = leank_learn(folder, output=output)
     assert result.exit_code == 1 and result.stdout == ""
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("leank learn: diverged: stage 2, step 2: the loss is nan; the last good")
+    assert last.startswith("leank learn: diverged: stage 2, step 3: the loss is nan; the last good")
     assert ChannelMask.load(output).ratio == 0.5
 
 

@@ -178,7 +178,9 @@ def test_a_report_says_what_its_own_mask_was_chosen_by(text, tmp_path):
     for target, mask in masks.items():
         best = read_report(tmp_path / str(target))["best"]
         assert (best["stage"], best["step"]) == (1, 5)
-        assert f"validation loss {best['validation']:.6g} at stage 1, step 5" in mask.method
+        assert f"validation loss {best['validation']:.6g} at stage 1, step 6" in mask.method
+        written = (tmp_path / str(target) / "report.md").read_text()
+        assert "Chosen in stage 1, step 6" in written, "both count from 1"
         losses.append(best["validation"])
     assert losses[0] != losses[1]
 
@@ -325,7 +327,7 @@ def test_divergence_saves_the_last_good_mask(monkeypatch, text, tmp_path, step):
     output = tmp_path / "m"
     with pytest.raises(DivergedError) as caught:
         learn(text, output=output)
-    stage = f"stage {1 if step < 6 else 2}, step {step % 6}: the loss is nan"
+    stage = f"stage {1 if step < 6 else 2}, step {step % 6 + 1}: the loss is nan"
     if step == 0:
         assert str(caught.value) == f"{stage}; there is no good mask yet" and not output.exists()
         assert caught.value.mask is None

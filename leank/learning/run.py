@@ -332,7 +332,8 @@ class Run:
         self, target: Target, best: Best, stage1_loss: float | None, more: str = ""
     ) -> ChannelMask:
         first = "" if stage1_loss is None else f" (stage 1: {stage1_loss:.6g})"
-        result = f"validation loss {best.loss:.6g} at stage {best.stage}, step {best.step}{first}"
+        where = f"stage {best.stage}, step {best.step + 1}"  # people count from 1
+        result = f"validation loss {best.loss:.6g} at {where}{first}"
         return self.plan.mask(target, best.keep, result + more)
 
     def _write(self, target: Target, mask: ChannelMask) -> Any:
