@@ -248,6 +248,10 @@ def other_attention(folder):
         (lambda f: {"output": None}, "output: expected a file for the mask, got none; give -o"),
         (lambda f: {"output": "/proc/none/mask"}, "output: cannot write to /proc/none"),
         (lambda f: {"output": f}, "output: expected a file, got the folder"),
+        (
+            lambda f: {"run_folder": f / "text.txt"},
+            "folder: expected a folder, got the file /.*txt",
+        ),
         (lambda f: {"ratio": "0.5,0.7"}, "output: expected the fields {ratio} and {align}"),
         (lambda f: {"ratio": "half"}, "ratio: expected numbers with commas between, got 'half'"),
         (lambda f: {"align": "8.5"}, "align: expected whole numbers with commas between"),

@@ -254,6 +254,8 @@ class Plan:
     def _folder(self) -> Path | None:
         r = self.request
         if r.folder is not None:
+            if Path(r.folder).exists() and not Path(r.folder).is_dir():
+                raise LearnError(f"folder: expected a folder, got the file {r.folder}")
             return Path(r.folder)
         if r.output is not None:
             path = _fill(r.output, ratio="all", align="all")
