@@ -117,6 +117,7 @@ def learn(
     start: Annotated[
         str,
         typer.Option(
+            "--start-from",  # torchrun takes --start for an option of its own, cut short
             metavar="ones|moments|FILE",
             help="First factors: 1, by q and k statistics, a mask or .npy file.",
             rich_help_panel=_STAGES,

@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-pytest.importorskip("typer")
+typer = pytest.importorskip("typer")
 
 from typer.testing import CliRunner  # noqa: E402
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 def words(folder, **options):
     """Make a command line of options that work, but for those given; None leaves one out."""
-    flags = {"n_validation": "validation", "n_test": "test"}
+    flags = {"n_validation": "validation", "n_test": "test", "start": "start-from"}
     options = {flags.get(name, name): value for name, value in options.items()}
     mine = {flags.get(name, name): value for name, value in OPTIONS.items()}
     mine |= {"text": folder / "text.txt", "ratio": 0.5, "align": 8, "output": folder / "mask"}
@@ -123,6 +123,18 @@ def test_defaults_are_those_of_the_settings():
             if field.name in ("ratio", "align"):
                 value = float(value)
             assert value == field.default or value is None, field.name
+
+
+def test_torchrun_takes_no_option_for_its_own():
+    """It refused --start as short for two of its options, though that came after the program."""
+    from torch.distributed.run import get_args_parser
+
+    options = typer.main.get_command(app).commands["learn"].params
+    names = [name for option in options for name in option.opts if name.startswith("-")]
+    assert {"--start-from", "-o", "--resume"} <= set(names)
+    words = ["leank", "learn", "model", *names]
+    parsed = get_args_parser().parse_args(["--nproc-per-node", "2", "-m", *words])
+    assert [parsed.training_script, *parsed.training_script_args] == words
 
 
 def test_help_does_not_need_torch():
