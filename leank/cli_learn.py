@@ -273,6 +273,7 @@ def _run(name: str, request: Request, device: str, dtype: str, show_data: int) -
             kind = dtype
             if kind == "auto":
                 kind = "float32" if place.type == "cpu" else "bfloat16"
+            plan.check_device(getattr(torch, kind), place)
             weights = source.model(getattr(torch, kind), place)
             _learn(weights, plan)
     except (LoadError, LearnError, DataError, ResumeError) as error:

@@ -299,6 +299,32 @@ def test_without_a_gpu_it_says_so(folder):
     assert "device: expected a GPU that torch can use, got none for cuda" in result.stderr
 
 
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_what_a_gpu_cannot_run_is_refused_before_weights_are_read(folder, monkeypatch, dtype):
+    """It ended with a traceback of the first step."""
+    built = pytest.importorskip("leank._cuda")
+    monkeypatch.setattr(cli_learn, "_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr("leank.loading.Source.model", None)
+    result = leank_learn(folder, dtype=dtype)
+    said = f"a head dim of {built.HEAD_DIMS} on CUDA, got 16"
+    if dtype == "float32":
+        said = "bfloat16 or float16 on CUDA, got torch.float32"
+    assert result.exit_code == 2
+    assert result.stderr == f"leank learn: device: cuda:0: q: expected {said}\n"
+
+
+def test_a_build_without_cuda_says_so(folder, monkeypatch):
+    monkeypatch.setattr(cli_learn, "_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr("leank.loading.Source.model", None)
+    monkeypatch.delitem(sys.modules, "leank.learning.ops_cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "leank._cuda_built", raising=False)
+    monkeypatch.setitem(sys.modules, "leank._cuda", None)
+    monkeypatch.delattr("leank._cuda", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = leank_learn(folder)
+    assert result.exit_code == 2 and "leank was built without CUDA: install it" in result.stderr
+
+
 @pytest.mark.parametrize("wrong", [{"recent": 0}, {"dtype": "int8"}, {"budget": "v"}, {"seed": -1}])
 def test_options_outside_their_range(folder, wrong):
     result = leank_learn(folder, columns=200, **wrong)

@@ -195,6 +195,7 @@ class Run:
             self.model = SpanModel(model, sink=r.sink, recent=r.recent, chunk=r.chunk)
         except (TypeError, ValueError) as error:
             raise LearnError(str(error)) from error
+        plan.check_device(next(model.parameters()).dtype, self.model.device)
         self.world = world or find_world(self.model.device)
         self.identity = plan.identity(model)
         self._whole = model
