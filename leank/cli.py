@@ -136,8 +136,11 @@ def masks(
     folder = folder or FOLDER
     try:
         records = shipped_masks(folder) if name is None else [find(name, folder)]
-    except (ShippedMaskError, OSError) as error:
+    except ShippedMaskError as error:
         typer.echo(f"leank masks: {error}", err=True)
+        raise typer.Exit(2) from error
+    except OSError as error:
+        typer.echo(f"leank masks: {error.filename}: {error.strerror}", err=True)
         raise typer.Exit(2) from error
     if as_json:
         lines = [record.as_json() for record in records]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -17,7 +19,7 @@ _MASK, _STAGES, _DATA, _RUN = "What to learn", "How", "From what", "Where and ho
 
 def learn(
     model: Annotated[
-        str, typer.Argument(metavar="[NAME_OR_PATH]", help="Llama or Qwen2 model.")
+        str, typer.Argument(metavar="NAME_OR_PATH", help="Llama or Qwen2 model.")
     ] = "smollm2",
     output: Annotated[
         Path | None,
@@ -115,6 +117,7 @@ def learn(
     start: Annotated[
         str,
         typer.Option(
+            "--start-from",  # torchrun takes --start for an option of its own, cut short
             metavar="ones|moments|FILE",
             help="First factors: 1, by q and k statistics, a mask or .npy file.",
             rich_help_panel=_STAGES,
@@ -142,7 +145,10 @@ def learn(
     kinds: Annotated[
         str | None,
         typer.Option(
-            metavar="KIND,...", help="Kinds of samples; default: all.", rich_help_panel=_DATA
+            metavar="KIND,...",
+            help="Of single, multi_key, words, multi_query, multi_value, variables, passkey, "
+            "lines, table, copy and continuation; default: all.",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     weights: Annotated[
@@ -178,7 +184,9 @@ def learn(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(
-            help="Of the weights; auto: bfloat16 on a GPU, else float32.", rich_help_panel=_RUN
+            metavar="TYPE",
+            help="float32, bfloat16 or float16 weights; auto: bfloat16 on a GPU, else float32.",
+            rich_help_panel=_RUN,
         ),
     ] = "auto",
     folder: Annotated[
@@ -196,9 +204,9 @@ def learn(
 ) -> None:
     """Learn which K channels a model can do without, and write a mask file.
 
-    Text and tasks are made offline. Stage 1 learns a factor per channel, stage 2 the mask as it
-    will be used; the mask with the smallest validation loss is written. A run that was stopped
-    goes on with --resume.
+    Text and tasks are made offline. Stage 1 learns a factor per channel, stage
+    2 the mask as it will be used; the mask with the smallest validation loss is
+    written. A run that was stopped goes on with --resume.
     """
     try:
         # Not at the top: torch takes seconds, and --help should not.
@@ -265,6 +273,7 @@ def _run(name: str, request: Request, device: str, dtype: str, show_data: int) -
             kind = dtype
             if kind == "auto":
                 kind = "float32" if place.type == "cpu" else "bfloat16"
+            plan.check_device(getattr(torch, kind), place)
             weights = source.model(getattr(torch, kind), place)
             _learn(weights, plan)
     except (LoadError, LearnError, DataError, ResumeError) as error:
@@ -281,10 +290,10 @@ def _learn(model: Any, plan: Plan) -> None:
     from leank.learning.run import Run
     from leank.learning.train import DivergedError
 
-    run = Run(model, plan)
+    run = Run(model, plan, command=shlex.join(["leank", *sys.argv[1:]]))
     try:
         with Bars(Console(stderr=True, quiet=run.world.rank > 0)) as bars:
-            run.progress = bars
+            run.progress, run.tested = bars, bars.tested
             masks = run.go()
     except DivergedError as error:
         _fail(f"diverged: {error}", error, 1)
@@ -302,11 +311,11 @@ def _learn(model: Any, plan: Plan) -> None:
 
 
 def _line(plan: Plan, target: Target, mask: ChannelMask) -> str:
-    from leank.learning.budget import kv_kept
+    from leank.masks import kept_shares
 
     return (
         f"{plan.outputs[target]}: {mask.ratio:.1%} of K dropped, {mask.empty_heads:.1%} of heads "
-        f"empty, {kv_kept(mask.keep):.1%} of K and V kept outside the window; "
+        f"empty, {kept_shares(mask.keep)['kv_bytes']:.1%} of K and V kept outside the window; "
         f"{mask.method.rsplit('; ', 1)[1]}"
     )
 

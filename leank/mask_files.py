@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from leank._files import replacing
 
 FORMAT_VERSION = "1"
 _UNKNOWN = "unknown"
@@ -130,17 +130,8 @@ def write(
     }
     for key, value in fields.items():
         metadata[key] = _UNKNOWN if value is None else str(value)
-    target = Path(path)
-    # In the same folder, since a rename is atomic only inside one file system.
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(save({"mask": keep}, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(save({"mask": keep}, metadata))
 
 
 def read_pth(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:

@@ -280,6 +280,19 @@ sink 4, recent 256, align 8>
         mask_files.write(path, self.keep, dict(zip(_FIELDS, self._fields(), strict=True)))
 
 
+def kept_shares(keep: npt.NDArray[np.bool_]) -> dict[str, float]:
+    """Return what a mask [N, Hkv, D] stores outside the window, as shares of a dense cache.
+
+    Examples
+    --------
+    >>> kept_shares(np.array([[[True] * 8 + [False] * 8, [False] * 16]]))
+    {'kept_k': 0.25, 'kept_v': 0.5, 'kv_bytes': 0.375, 'empty_heads': 0.5}
+    """
+    k, v = float(keep.mean()), float(keep.any(-1).mean())  # a head that keeps any K has all its V
+    empty = float((~keep.any(-1)).mean())
+    return {"kept_k": k, "kept_v": v, "kv_bytes": (k + v) / 2, "empty_heads": empty}
+
+
 def _check_int(name: str, value: object, least: int) -> None:
     # bool is an int to Python, and 64.0 is none: both are a slip of the caller
     if isinstance(value, bool) or not isinstance(value, int):

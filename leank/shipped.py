@@ -12,12 +12,12 @@ import difflib
 import json
 import os
 import re
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leank.masks import ChannelMask
+from leank._files import replacing
+from leank.masks import ChannelMask, kept_shares
 
 FOLDER = Path(__file__).parent / "data" / "masks"
 FORMAT_VERSION = 1
@@ -196,12 +196,8 @@ def add(
     text = json.dumps(index, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     mask.save(_file(folder, name))
-    temporary = path.with_name(f".{_INDEX}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
     return record
 
 
@@ -211,15 +207,11 @@ def _file(folder: str | os.PathLike[str], name: str) -> Path:
 
 def _numbers(mask: ChannelMask) -> dict[str, Any]:
     """Return what the index says of a mask and its file tells as well."""
-    kept_k, kept_v = mask.kept_ratio, float(mask.keep.any(-1).mean())
     return {
         "model": mask.model,
         "ratio": mask.ratio,
         "align": mask.align,
         "sink": mask.sink,
         "recent": mask.recent,
-        "kept_k": kept_k,
-        "kept_v": kept_v,
-        "kv_bytes": (kept_k + kept_v) / 2,
-        "empty_heads": mask.empty_heads,
+        **kept_shares(mask.keep),
     }

@@ -8,7 +8,8 @@ import pytest
 
 from leank import _C, ChannelMask
 from leank.learning import budget
-from leank.learning.budget import choose_channels, kv_kept
+from leank.learning.budget import choose_channels
+from leank.masks import kept_shares
 
 
 def scores_of(seed, shape=(2, 2, 24)):
@@ -59,7 +60,7 @@ def test_the_budget_is_met_to_a_block(shape, align, ratio):
     # Less only where a head has to be opened for more.
     room = 1 if (keep.any(-1) & ~keep.all(-1)).any() else m + 1
     assert limit - room < cost(keep, align) <= limit
-    assert kv_kept(keep) <= 1 - ratio + 1e-9
+    assert kept_shares(keep)["kv_bytes"] <= 1 - ratio + 1e-9
     assert ChannelMask(keep, 1, 1, align).empty_heads == (~keep.any(-1)).mean()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-pytest.importorskip("typer")
+typer = pytest.importorskip("typer")
 
 from typer.testing import CliRunner  # noqa: E402
 
@@ -21,7 +21,8 @@ from leank import ChannelMask, cli_learn  # noqa: E402
 from leank.cli import app  # noqa: E402
 from leank.learning import DataSettings, Settings, learn  # noqa: E402
 from leank.learning import run as run_module  # noqa: E402
-from leank.learning.feed import Feed  # noqa: E402
+from leank.learning.feed import Batches  # noqa: E402
+from leank.learning.tasks import ALL_KINDS  # noqa: E402
 
 from .learn_run_tools import OPTIONS, character_tokenizer, write_model, write_text  # noqa: E402
 from .tiny_models import tiny  # noqa: E402
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 
 def words(folder, **options):
     """Make a command line of options that work, but for those given; None leaves one out."""
-    flags = {"n_validation": "validation", "n_test": "test"}
+    flags = {"n_validation": "validation", "n_test": "test", "start": "start-from"}
     options = {flags.get(name, name): value for name, value in options.items()}
     mine = {flags.get(name, name): value for name, value in OPTIONS.items()}
     mine |= {"text": folder / "text.txt", "ratio": 0.5, "align": 8, "output": folder / "mask"}
@@ -55,7 +56,8 @@ def leank_learn(folder, columns=80, **options):
     return CliRunner().invoke(app, words(folder, **options), env=env)
 
 
-def test_the_same_mask_as_the_function(folder, tmp_path):
+def test_the_same_mask_as_the_function(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/leank", "learn", "my model", "-o", "mask"])
     result = leank_learn(folder, output=tmp_path / "mask")
     assert result.exit_code == 0, result.output
     mask = ChannelMask.load(tmp_path / "mask")
@@ -67,8 +69,9 @@ def test_the_same_mask_as_the_function(folder, tmp_path):
     assert re.search(r"% of K and V kept .*; validation loss [\d.]+ at stage \d, step \d", line)
     report = tmp_path / "mask.run" / "report.md"
     assert report.exists() and line.endswith(f"Report: {report}")
+    assert "```\nleank learn 'my model' -o mask\n```" in report.read_text()
     assert "r0.5-a8, dense against mask" in line and "KV bytes" in line
-    for part in ("stage 2 r0.5-a8", "12/12", "loss", "valid", "alpha"):
+    for part in ("stage 2 r0.5-a8", "12/12", "loss", "valid", "alpha", "test ", "3/3"):
         assert part in result.stderr
 
 
@@ -122,13 +125,36 @@ def test_defaults_are_those_of_the_settings():
             assert value == field.default or value is None, field.name
 
 
+def test_torchrun_takes_no_option_for_its_own():
+    """It refused --start as short for two of its options, though that came after the program."""
+    from torch.distributed.run import get_args_parser
+
+    options = typer.main.get_command(app).commands["learn"].params
+    names = [name for option in options for name in option.opts if name.startswith("-")]
+    assert {"--start-from", "-o", "--resume"} <= set(names)
+    words = ["leank", "learn", "model", *names]
+    parsed = get_args_parser().parse_args(["--nproc-per-node", "2", "-m", *words])
+    assert [parsed.training_script, *parsed.training_script_args] == words
+
+
 def test_help_does_not_need_torch():
     code = "import sys; sys.modules['torch'] = None; from leank.__main__ import main; main()"
     run = subprocess.run(
-        [sys.executable, "-c", code, "learn", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, "learn", "--help"],
+        env=os.environ | {"COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for part in ("What to learn", "From what", "--stage2-steps", "--resume", "smollm2"):
         assert part in run.stdout
+    text = " ".join(run.stdout.replace("│", "").split())
+    assert f"Of {', '.join(ALL_KINDS[:-1])} and {ALL_KINDS[-1]}; default: all." in text
+    assert "learn [OPTIONS] [NAME_OR_PATH]" in text
+    # No line of the text is broken: rich breaks those that are too long, then writes on below.
+    assert " Text and tasks are made offline. Stage 1 learns a factor per channel, stage" in (
+        line.rstrip() for line in run.stdout.splitlines()
+    )
     run = subprocess.run([sys.executable, "-c", code, "learn"], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == "leank learn: needs torch: pip install 'leank[learn]'\n"
@@ -163,16 +189,24 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(folder, tmp_path, monkeypa
     assert "resume: expected a run with lr 0.2, got one with 0.1" in other.stderr
 
 
-def test_a_signal_while_it_learns(folder, tmp_path):
-    """A real Ctrl-C: one line, and the state is there."""
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_a_signal_while_it_learns(folder, tmp_path, n_workers):
+    """A real Ctrl-C, which all processes get: one line, the state is there, nobody stays."""
     output = tmp_path / "mask"
     command = words(folder, output=output, stage1_steps=10_000, n_test=0)
+    code = f"""if True:
+        from leank.learning import run
+        run.workers_for = lambda device: {n_workers}
+        from leank.__main__ import main
+        main()
+        """
     run = subprocess.Popen(
-        [sys.executable, "-m", "leank", *command],
+        [sys.executable, "-c", code, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
         # A shell lets what it runs in the background ignore the signal, which is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -180,31 +214,28 @@ def test_a_signal_while_it_learns(folder, tmp_path):
     deadline = time.monotonic() + 60
     while not state.exists() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
+    os.killpg(run.pid, signal.SIGINT)
     stdout, stderr = run.communicate(timeout=60)
     assert run.returncode == 130, stderr
     assert stdout == "" and "Traceback" not in stderr and state.exists()
     assert re.search(r"leank learn: stopped after \d+ of 10006 steps; --resume goes on$", stderr)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)
 
 
 def test_divergence_is_one_line(folder, tmp_path, monkeypatch):
-    batches = Feed.batches
+    make = Batches.__call__
 
-    def bad(self, *args):
-        make = batches(self, *args)
+    def poisoned(self, i):
+        batch = make(self, i)
+        return batch._replace(weights=batch.weights * float("nan")) if i == 8 else batch
 
-        def poisoned(i):
-            batch = make(i)
-            return batch._replace(weights=batch.weights * float("nan")) if i == 8 else batch
-
-        return poisoned
-
-    monkeypatch.setattr(Feed, "batches", bad)
+    monkeypatch.setattr(Batches, "__call__", poisoned)
     output = tmp_path / "mask"
     result = leank_learn(folder, output=output)
     assert result.exit_code == 1 and result.stdout == ""
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("leank learn: diverged: stage 2, step 2: the loss is nan; the last good")
+    assert last.startswith("leank learn: diverged: stage 2, step 3: the loss is nan; the last good")
     assert ChannelMask.load(output).ratio == 0.5
 
 
@@ -229,6 +260,10 @@ def other_attention(folder):
         (lambda f: {"output": None}, "output: expected a file for the mask, got none; give -o"),
         (lambda f: {"output": "/proc/none/mask"}, "output: cannot write to /proc/none"),
         (lambda f: {"output": f}, "output: expected a file, got the folder"),
+        (
+            lambda f: {"run_folder": f / "text.txt"},
+            "folder: expected a folder, got the file /.*txt",
+        ),
         (lambda f: {"ratio": "0.5,0.7"}, "output: expected the fields {ratio} and {align}"),
         (lambda f: {"ratio": "half"}, "ratio: expected numbers with commas between, got 'half'"),
         (lambda f: {"align": "8.5"}, "align: expected whole numbers with commas between"),
@@ -239,8 +274,8 @@ def other_attention(folder):
         (lambda f: {"lengths": "2000"}, "lengths: expected at most 1,024 tokens, the model's"),
         (lambda f: {"recent": 900}, "lengths: expected more than the 904 tokens of the window"),
         (lambda f: {"kinds": "riddle"}, "kinds: .*riddle"),
-        (lambda f: {"text": f / "none"}, "text: .*none: .*No such file"),
-        (lambda f: {"text": f}, "text: .*: .*Is a directory"),
+        (lambda f: {"text": f / "none"}, "text: .*none: No such file or directory$"),
+        (lambda f: {"text": f}, "text: .*: Is a directory$"),
         (lambda f: {"start": f / "none"}, "start: .*none: No such file"),
         (lambda f: {"device": "tpu"}, "device: expected auto, cpu, cuda or cuda:N, got tpu"),
         (lambda f: {"model": f / "none"}, "model: .*none: "),
@@ -262,6 +297,32 @@ def test_without_a_gpu_it_says_so(folder):
     result = leank_learn(folder, device="cuda")
     assert result.exit_code == 2
     assert "device: expected a GPU that torch can use, got none for cuda" in result.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_what_a_gpu_cannot_run_is_refused_before_weights_are_read(folder, monkeypatch, dtype):
+    """It ended with a traceback of the first step."""
+    built = pytest.importorskip("leank._cuda")
+    monkeypatch.setattr(cli_learn, "_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr("leank.loading.Source.model", None)
+    result = leank_learn(folder, dtype=dtype)
+    said = f"a head dim of {built.HEAD_DIMS} on CUDA, got 16"
+    if dtype == "float32":
+        said = "bfloat16 or float16 on CUDA, got torch.float32"
+    assert result.exit_code == 2
+    assert result.stderr == f"leank learn: device: cuda:0: q: expected {said}\n"
+
+
+def test_a_build_without_cuda_says_so(folder, monkeypatch):
+    monkeypatch.setattr(cli_learn, "_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr("leank.loading.Source.model", None)
+    monkeypatch.delitem(sys.modules, "leank.learning.ops_cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "leank._cuda_built", raising=False)
+    monkeypatch.setitem(sys.modules, "leank._cuda", None)
+    monkeypatch.delattr("leank._cuda", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = leank_learn(folder)
+    assert result.exit_code == 2 and "leank was built without CUDA: install it" in result.stderr
 
 
 @pytest.mark.parametrize("wrong", [{"recent": 0}, {"dtype": "int8"}, {"budget": "v"}, {"seed": -1}])

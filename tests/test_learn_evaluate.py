@@ -204,6 +204,25 @@ def test_the_context_is_read_once_for_all_masks(made, monkeypatch):
     assert len(calls) == 3 and done == [(10, 29), (20, 29), (29, 29)]
 
 
+def test_items_of_one_length_are_read_without_padding(made, monkeypatch):
+    """Where their spans are not equally long, contexts were padded, or batches small."""
+    rng, dense, starts = np.random.default_rng(2), SpanModel.dense, []
+    monkeypatch.setattr(
+        SpanModel, "dense", lambda self, b: starts.append(b.start.tolist()) or dense(self, b)
+    )
+    items = [
+        sample("single", draw(rng, 30 - n - 2), draw(rng, n), draw(rng, 2), [(0, 2)])
+        for n in (3, 9, 5, 4)
+    ]
+    run(made, items, 4)
+    assert starts == [[0, 0, 0, 0]]
+    # An item as short as the span of another is not read with it.
+    short = sample("single", draw(rng, 6), draw(rng, 2), draw(rng, 2), [(0, 2)])
+    starts.clear()
+    run(made, [items[1], short], 4)
+    assert starts == [[0], [0]]
+
+
 def test_the_loss_is_that_of_learning(made):
     item = made[1][20]
     [evaluation] = run(made, [item], masks={"pruned": MASKS["pruned"]})
@@ -325,13 +344,14 @@ def test_items_are_saved(made, tmp_path):
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"values": ()}, "items: expected the places of its values, got none in item 0"),
         ({"answer": (0, 3)}, "items: expected a question before the answer, got none in item 0"),
+        ({"context": np.zeros(0, np.int64)}, "items: expected a context, got none in item 0"),
         ({"answer": (3, 3)}, "items: expected an answer behind the span's first token in item 0"),
     ],
 )
 def test_refusals_name_the_argument(change, message):
     whole, rng = tiny(), np.random.default_rng(0)
     options = {"masks": MASKS, "items": None, "batch_size": 2} | change
-    fields = {key: options.pop(key) for key in ("values", "answer") if key in options}
+    fields = {key: options.pop(key) for key in ("values", "answer", "context") if key in options}
     item = sample("single", draw(rng, 9), draw(rng, 2), draw(rng, 2), [(0, 2)])
     if options["items"] is None:
         options["items"] = [replace(item, **fields)]

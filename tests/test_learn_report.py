@@ -92,7 +92,7 @@ def test_the_report_holds_the_numbers(tmp_path, log):
     ]
     [row] = rows(text, "continuation")
     assert row[2:6] == ["-"] * 4 and row[6] == f"{learned.kinds[-1].kl:.4f}"
-    [row] = rows(text, "mean of 8")
+    [row] = rows(text, f"mean of {len(learned.counted)}")
     assert row[4].strip("*") == f"{learned.loss_points:+.2f}"
     assert [len(rows(text, name)) for name in ("learned", "random", "copy", "`seed`")] == [1] * 4
     for n in (4096, 32768, 131072):
@@ -125,6 +125,7 @@ def test_each_head_has_pixels_of_its_own(tmp_path, shape):
     picture.draw_alpha(tmp_path / "x.png", alpha, keep)
     pixels = image.imread(tmp_path / "x.png")
     assert pixels.shape[0] >= 5 * shape[0] * shape[1]
+    assert (pixels[:, -2:, :3] == 1).all(), "a title runs out of the picture"
     column = pixels[:, pixels.shape[1] // 2, :3]  # in the panel of the mask
     dark = np.abs(column - [0x1B / 255, 0x4F / 255, 0x72 / 255]).max(-1) < 0.02
     n_runs = int((np.diff(dark.astype(int)) == 1).sum())
@@ -145,6 +146,12 @@ def test_short_and_broken_runs_are_drawn(tmp_path, made):
     picture = pytest.importorskip("leank.learning.picture")
     picture.draw_losses(tmp_path / "x.png", [dataclasses.asdict(step) for step in made])
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_a_first_loss_of_rounding_alone_does_not_fill_the_axis():
+    picture = pytest.importorskip("leank.learning.picture")
+    assert picture._bottom(np.array([1e-13, 0.2, 0.4])) == pytest.approx(1e-4)
+    assert picture._bottom(np.array([0.1, 0.2, 0.4])) == pytest.approx(0.05)
 
 
 def test_the_running_mean_begins_with_the_first_value():
@@ -213,6 +220,7 @@ def test_what_is_printed_fits(width):
     assert max(map(len, text.splitlines())) <= width and "…" not in text
     words = " ".join(text.split())
     learned = evaluation()
-    assert f"│ mean of 8 │ 400 │ {learned.dense:.1%} │ {learned.mask:.1%} │" in words
+    mean = f"mean of {len(learned.counted)} │ {50 * len(learned.counted)}"
+    assert f"│ {mean} │ {learned.dense:.1%} │ {learned.mask:.1%} │" in words
     assert f"│ learned │ {learned.kept_k:.1%} │ {learned.kept_v:.1%} │" in words
     assert "one-sided 95%" in words

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 import leank  # noqa: E402
 from leank.learning import DivergedError, ResumeError  # noqa: E402
 from leank.learning import run as run_module  # noqa: E402
-from leank.learning.feed import Feed  # noqa: E402
+from leank.learning.feed import Batches  # noqa: E402
 from leank.learning.folder import read_state  # noqa: E402
 
 from .learn_run_tools import OPTIONS, character_tokenizer, learn, write_text  # noqa: E402
@@ -170,6 +170,21 @@ def test_a_report_for_each_mask(text, tmp_path):
         assert report["mask"]["ratio"] == mask.ratio and report["n_steps"] == N_TOTAL
 
 
+def test_a_report_says_what_its_own_mask_was_chosen_by(text, tmp_path):
+    """Stage 1 is shared, its mask is not: each report had the loss of the first mask."""
+    options = OPTIONS | {"text": (text,), "folder": tmp_path, "report": True, "stage2_lr": 0.0}
+    masks = leank.learn_many(tiny(), character_tokenizer(), [0.5, 0.75], [8], **options)
+    losses = []
+    for target, mask in masks.items():
+        best = read_report(tmp_path / str(target))["best"]
+        assert (best["stage"], best["step"]) == (1, 5)
+        assert f"validation loss {best['validation']:.6g} at stage 1, step 6" in mask.method
+        written = (tmp_path / str(target) / "report.md").read_text()
+        assert "Chosen in stage 1, step 6" in written, "both count from 1"
+        losses.append(best["validation"])
+    assert losses[0] != losses[1]
+
+
 # ------------------------------------------------------------------------------------- resuming
 
 
@@ -302,22 +317,17 @@ def test_a_finished_run_makes_room(whole, text, tmp_path):
 
 @pytest.mark.parametrize("step", [0, 4, 9])
 def test_divergence_saves_the_last_good_mask(monkeypatch, text, tmp_path, step):
-    batches = Feed.batches
+    make = Batches.__call__
 
-    def bad(self, *args):
-        make = batches(self, *args)
+    def poisoned(self, i):
+        batch = make(self, i)
+        return batch._replace(weights=batch.weights * float("nan")) if i == step else batch
 
-        def poisoned(i):
-            batch = make(i)
-            return batch._replace(weights=batch.weights * float("nan")) if i == step else batch
-
-        return poisoned
-
-    monkeypatch.setattr(Feed, "batches", bad)
+    monkeypatch.setattr(Batches, "__call__", poisoned)
     output = tmp_path / "m"
     with pytest.raises(DivergedError) as caught:
         learn(text, output=output)
-    stage = f"stage {1 if step < 6 else 2}, step {step % 6}: the loss is nan"
+    stage = f"stage {1 if step < 6 else 2}, step {step % 6 + 1}: the loss is nan"
     if step == 0:
         assert str(caught.value) == f"{stage}; there is no good mask yet" and not output.exists()
         assert caught.value.mask is None

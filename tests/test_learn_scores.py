@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from leank import ChannelMask  # noqa: E402
+from leank.learning.parallel import Alone  # noqa: E402
 from leank.learning.scores import lowest_frequencies, random_scores, second_moments  # noqa: E402
 from leank.models import inspect_model  # noqa: E402
 
@@ -39,6 +40,28 @@ def test_second_moments(family):
             k2 += k.numpy()
         np.testing.assert_allclose(got[i], q2 * k2 / (q2 * k2).max(), rtol=1e-4, atol=1e-7)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_moments_of_processes_are_those_of_one():
+    """The products of each were added, which puts channels in another order."""
+    ids, mask = prompts([30, 12, 21], seed=3)
+    batches = [(ids[b : b + 1], mask[b : b + 1].bool()) for b in range(3)]
+    sums = []
+
+    class World(Alone):
+        """Notes sums, or adds those that were noted."""
+
+        def __init__(self, others=None):
+            self.others = others and iter(others)
+
+        def sum(self, x):
+            sums.append(x)
+            return x if self.others is None else x + next(self.others)
+
+    one = second_moments(tiny(), batches)
+    second_moments(tiny(), batches[:1], World())
+    got = second_moments(tiny(), batches[1:], World(list(sums)))
+    np.testing.assert_allclose(got, one, rtol=1e-6)
 
 
 def test_no_batch_is_an_error():

@@ -205,7 +205,7 @@ def test_divergence_stops_with_the_best_mask_so_far():
         return batch
 
     one, whole = learner(batches=bad_at_the_end), learner()
-    with pytest.raises(DivergedError, match="stage 2, step 5: the loss is nan"):
+    with pytest.raises(DivergedError, match="stage 2, step 6: the loss is nan"):
         list(one.run())
     for _ in zip(range(11), whole.run(), strict=False):
         pass

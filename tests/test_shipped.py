@@ -219,7 +219,9 @@ def test_errors_end_with_2(folder, tmp_path):
     result = leank_masks("tiny-70-c", "--folder", folder)
     assert result.exit_code == 2 and "near it: tiny-70-" in result.stderr
     result = leank_masks("--folder", tmp_path / "none")
-    assert result.exit_code == 2 and result.stderr.startswith("leank masks: ")
+    where = tmp_path / "none" / "index.json"
+    said = f"leank masks: {where}: No such file or directory\n"
+    assert (result.exit_code, result.stderr) == (2, said)
 
 
 def test_the_command_lists_the_packages_own():

@@ -1,4 +1,4 @@
-"""The progress bar of learning."""
+"""The progress bars of learning and of the test at its end."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Bars:
             console=console or Console(stderr=True),
         )
         self._task: TaskID | None = None
+        self._test: TaskID | None = None
         self._validation = ""
 
     def __enter__(self) -> Bars:
@@ -64,3 +65,9 @@ class Bars:
             numbers=f"loss {step.loss:.3g}{self._validation} alpha {step.mean_alpha:.2f} "
             f"<0.1 {step.low_share:.0%}",
         )
+
+    def tested(self, n_done: int, n_total: int) -> None:
+        """Show how many items of the test are done."""
+        if self._test is None:
+            self._test = self._bars.add_task("test", total=n_total, numbers="")
+        self._bars.update(self._test, completed=n_done)

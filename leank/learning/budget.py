@@ -79,17 +79,6 @@ def choose_channels(
     return keep
 
 
-def kv_kept(keep: npt.NDArray[np.bool_]) -> float:
-    """Return the share of the bytes of K and V that a mask [N, Hkv, D] keeps outside the window.
-
-    Examples
-    --------
-    >>> kv_kept(np.array([[[True] * 8 + [False] * 8, [False] * 16]]))
-    0.375
-    """
-    return (float(keep.mean()) + float(keep.any(-1).mean())) / 2
-
-
 def _fill(blocks: npt.NDArray[np.float64], budget: int, live: float) -> npt.NDArray[np.int64]:
     """Return how many of its blocks each head keeps: the best choice, by dynamic programming.
 

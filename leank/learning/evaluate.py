@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from leank.learning.data import Batch, Sample
+from leank.learning.data import Batch, Sample, collate
 from leank.learning.span import Dense, SpanModel
 from leank.learning.tasks import ALL_KINDS, CONTINUATION
+from leank.masks import kept_shares
 
 LEAST_DENSE = 0.20  # a kind counts if the dense model scores more
 CONFIDENCE = 0.95  # of the upper limits, one-sided
@@ -174,16 +175,15 @@ def evaluate(
     Raises
     ------
     ValueError
-        If there is no mask, no item, a mask of another shape or type, or an item without places of
-        its values, without a question or without an answer.
+        If there is no mask, no item, a mask of another shape or type, or an item without context,
+        without places of its values, without a question or without an answer.
     """
     arrays = _checked(masks, model.layout.mask_shape)
     if len(items) == 0:
         raise ValueError("items: expected at least one, got none")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    device = next(model.base.parameters()).device
-    keeps = [torch.tensor(keep, device=device) for keep in arrays]
+    keeps = [torch.tensor(keep, device=model.device) for keep in arrays]
     n, done = len(items), 0
     kinds: list[str] = [""] * n
     # Dense and each mask: score, KL and loss of each item.
@@ -194,8 +194,8 @@ def evaluate(
         for i, item in group.items():
             _check_item(i, item)
             kinds[i] = item.kind
-        order = sorted(group, key=lambda i: (len(group[i].context), len(group[i].span)))
-        for chosen in _cut(order, [len(group[i].context) for i in order], batch_size):
+        order = sorted(group, key=lambda i: (len(group[i]), len(group[i].span)))
+        for chosen in _cut(order, group, batch_size):
             measured[:, :, chosen] = _measure(model, keeps, [group[i] for i in chosen])
             done += len(chosen)
             if progress is not None:
@@ -226,6 +226,8 @@ def _checked(masks: Mapping[str, Any], shape: tuple[int, int, int]) -> list[np.n
 
 
 def _check_item(i: int, item: Sample) -> None:
+    if not len(item.context):
+        raise ValueError(f"items: expected a context, got none in item {i}")
     if item.answer[1] <= max(1, item.answer[0]):
         raise ValueError(f"items: expected an answer behind the span's first token in item {i}")
     if item.kind == CONTINUATION:
@@ -239,50 +241,38 @@ def _check_item(i: int, item: Sample) -> None:
 # ---------------------------------------------------------------------------------- one batch
 
 
-def _cut(order: list[int], lengths: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Cut items into batches, where lengths change if a batch keeps half of its size that way.
+def _cut(order: list[int], items: Mapping[int, Sample], batch_size: int) -> Iterator[list[int]]:
+    """Cut items, sorted by length, into batches that `collate` takes.
 
-    Without padding attention takes its fast path.
+    Where lengths change a batch ends, if it keeps half of its size: without padding attention takes
+    its fast path.
     """
     begin = 0
     while begin < len(order):
         end = min(begin + batch_size, len(order))
-        same = lengths[begin:end].count(lengths[begin])
-        end = begin + same if 2 * same >= end - begin else end
+        lengths = [len(items[i]) for i in order[begin:end]]
+        same = lengths.count(lengths[0])
+        if 2 * same >= end - begin:
+            end = begin + same
+        while end > begin + 1 and max(len(items[i].span) for i in order[begin:end]) >= lengths[0]:
+            end -= 1
         yield order[begin:end]
         begin = end
-
-
-def _collate(items: Sequence[Sample], device: torch.device) -> Batch:
-    """Make a batch with contexts padded on the left and spans on the right.
-
-    So each row's span begins where that of the others does, and a row with a short one has no token
-    of its context there: what is read densely does not depend on the company. Nothing can attend to
-    the padding behind a span.
-    """
-    n_context = max(len(item.context) for item in items)
-    n_span = max(len(item.span) for item in items)
-    context = np.zeros((len(items), n_context), np.int64)
-    span = np.zeros((len(items), n_span), np.int64)
-    weights = np.zeros((len(items), n_span), np.float32)
-    for b, item in enumerate(items):
-        context[b, n_context - len(item.context) :] = item.context
-        span[b, : len(item.span)] = item.span
-        # As data.collate: the token before an answer chooses its first one.
-        weights[b, max(0, item.answer[0] - 1) : item.answer[1]] = 1
-    start = np.array([n_context - len(item.context) for item in items])
-    return Batch(*(torch.from_numpy(x).to(device) for x in (context, span, start, weights)))
 
 
 @torch.no_grad()
 def _measure(model: SpanModel, keeps: list[torch.Tensor], items: Sequence[Sample]) -> np.ndarray:
     """Return score, KL and loss of dense and each mask on each item: [1 + masks, 3, items]."""
-    batch = _collate(items, keeps[0].device)
+    batch = collate(items).to(model.device)
     # A hidden state predicts the token after it. The first token of a continuation is predicted by
     # the context, which is dense for every mask.
     ranges = [(max(1, item.answer[0]), item.answer[1]) for item in items]
+    # Columns of these tokens: spans end together.
+    begins = [batch.span.shape[1] - len(item.span) for item in items]
     row = torch.cat([torch.full((stop - first,), b) for b, (first, stop) in enumerate(ranges)])
-    at = torch.cat([torch.arange(first, stop) for first, stop in ranges])
+    at = torch.cat(
+        [begin + torch.arange(*tokens) for begin, tokens in zip(begins, ranges, strict=True)]
+    )
     row, at = row.to(batch.span.device), at.to(batch.span.device)
     dense = model.dense(batch)
     states, losses = [dense.target[row, at - 1]], [np.zeros(len(items))]
@@ -292,9 +282,9 @@ def _measure(model: SpanModel, keeps: list[torch.Tensor], items: Sequence[Sample
         losses.append(_losses(out, dense, batch))
     hits, kl = _compare(model, states, batch.span[row, at])
     result = np.zeros((len(states), 3, len(items)))
-    begins = np.cumsum([0, *(stop - first for first, stop in ranges)])
+    borders = np.cumsum([0, *(stop - first for first, stop in ranges)])
     for b, (item, (first, _)) in enumerate(zip(items, ranges, strict=True)):
-        mine = slice(begins[b], begins[b + 1])
+        mine = slice(borders[b], borders[b + 1])
         result[:, 0, b] = _scores(item, first, hits[:, mine])
         result[:, 1, b] = kl[:, mine].mean(1)
     result[:, 2] = losses
@@ -370,14 +360,9 @@ def _evaluation(name: str, keep: np.ndarray, items: Items) -> Evaluation:
         means = {key: float(np.mean([getattr(k, key) for k in counted])) for key in means}
         spread = [variances[k.kind] for k in counted]
         upper = _upper(means["loss_points"], sum(spread) / len(spread) ** 2)
-    empty = float((~keep.any(-1)).mean())
-    kept_k, kept_v = float(keep.mean()), float(keep.any(-1).mean())
     return Evaluation(
         name=name,
-        kept_k=kept_k,
-        kept_v=kept_v,
-        kv_bytes=(kept_k + kept_v) / 2,
-        empty_heads=empty,
+        **kept_shares(keep),
         kinds=tuple(kinds),
         counted=tuple(k.kind for k in counted),
         **means,

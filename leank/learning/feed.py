@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from leank.learning.data import Batch, Sample, Samples, collate
-from leank.learning.parallel import World, share
+from leank.learning.parallel import World, local_size, share
 from leank.learning.tasks import ALL_KINDS, CONTINUATION
 from leank.learning.text import Corpus, DataError, default_text, read_text, split
 
 LONGEST = 8192  # tokens of the default lengths, at most: a longer context costs time and no mask
+_TOGETHER = 8  # samples of one length in a test, which no other size of batches may change
 _WORKERS, _AHEAD = 8, 4  # processes that make batches, and how many each makes in advance
 
 
@@ -93,6 +95,7 @@ class Feed:
         common |= {"seed": settings.seed, "together": settings.batch_size}
         n_train = max(1, n_steps) * settings.batch_size
         self.train = Samples(self.corpus, "train", tokenizer, n=n_train, **common)
+        common["together"] = _TOGETHER
         self.validation = Samples(
             self.corpus, "validation", tokenizer, n=settings.n_validation, **common
         )
@@ -103,10 +106,14 @@ class Feed:
             common |= {"kinds": kinds, "weights": None}
             self.test = Samples(self.corpus, "test", tokenizer, n=settings.n_test, **common)
 
-    def batches(self, world: World, n_workers: int = 0) -> Callable[[int], Batch]:
-        """Return what makes the batch of a step, of a process's own samples.
+    def batches(self, world: World, n_workers: int = 0) -> Batches:
+        """Return the batches of all steps, each of a process's own samples.
 
-        n_workers : processes that make them in advance; 0: none, and only when asked for
+        Parameters
+        ----------
+        world : World
+        n_workers : int, default 0
+            Processes that make batches in advance; 0: each is made when it is asked for.
         """
         size = self.settings.batch_size
         if size < world.size:
@@ -115,7 +122,7 @@ class Feed:
             )
         steps = range(0, len(self.train) - size + 1, size)
         own = [share(range(first, first + size), world) for first in steps]
-        return _Ahead(self.train, own, n_workers)
+        return Batches(self.train, own, n_workers)
 
     def validation_batches(self, world: World) -> list[Batch]:
         """Return a process's own of the validation's batches."""
@@ -127,36 +134,103 @@ class Feed:
 
 
 def workers_for(device: torch.device) -> int:
-    """Return how many processes keep a device supplied.
+    """Return how many worker processes keep a device supplied.
 
     A GPU's step takes as long as one sample. Beside a step on the CPU, which takes seconds, samples
-    cost nothing.
+    cost nothing. The processes that learn together on a machine share its cores.
     """
-    return 0 if device.type == "cpu" else max(1, min(_WORKERS, (os.cpu_count() or 1) - 1))
+    if device.type == "cpu" or "fork" not in multiprocessing.get_all_start_methods():
+        return 0
+    there = getattr(os, "sched_getaffinity", None)  # the system may give us some of its cores only
+    n_cores = len(there(0)) if there else os.cpu_count() or 1
+    return max(1, min(_WORKERS, n_cores // local_size() - 1))
 
 
-class _Ahead:
-    """Batches by step. Those of the next steps are made in advance, as long as none is skipped."""
+class Batches:
+    """The batch of a step, when it is called with the step's number.
 
-    def __init__(self, samples: Samples, own: list[Sequence[int]], n_workers: int) -> None:
-        self._samples, self._own, self._n_workers = samples, own, n_workers
-        self._next = -1
-        self._coming: Iterator[Batch] = iter(())
+    Worker processes make those of the next steps in advance, as long as none is skipped. They are
+    forked: a script that learns needs no ``if __name__ == "__main__"``, and what they read is in
+    memory once.
+
+    Parameters
+    ----------
+    samples : sequence of Sample
+    own : list of sequences of int
+        Which samples a step reads.
+    n_workers : int
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], own: Sequence[Sequence[int]], n_workers: int = 0
+    ) -> None:
+        self._steps, self._n_workers = _Steps(samples, own), n_workers
+        self._next = 0
+        self._coming: Iterator[Batch | DataError] | None = None
 
     def __call__(self, step: int) -> Batch:
-        if step != self._next:
-            self._coming = iter(
-                DataLoader(
-                    self._samples,
-                    batch_sampler=self._own[step:],
-                    collate_fn=collate,
-                    num_workers=self._n_workers,
-                    prefetch_factor=_AHEAD if self._n_workers else None,
-                    generator=torch.Generator(),  # else it would draw from the global one
-                )
+        """Return the batch of a step.
+
+        Raises
+        ------
+        DataError
+            A sample cannot be made.
+        """
+        if self._n_workers == 0:
+            batch = self._steps[step]
+        else:
+            if self._coming is None or step != self._next:
+                self.close()
+                self._coming = self._from(step)
+            self._next = step + 1
+            batch = next(self._coming)
+        if isinstance(batch, DataError):
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """End the worker processes; they start again with the next batch that is asked for."""
+        self._coming = None  # nobody else has it, and without it they end
+
+    def _from(self, step: int) -> Iterator[Batch | DataError]:
+        return iter(
+            DataLoader(
+                self._steps,
+                batch_size=None,
+                sampler=range(step, len(self._steps)),
+                collate_fn=_as_it_is,
+                num_workers=self._n_workers,
+                multiprocessing_context="fork",
+                prefetch_factor=_AHEAD,
+                generator=torch.Generator(),  # else it would draw from the global one
             )
-        self._next = step + 1
-        return next(self._coming)
+        )
+
+
+class _Steps(Dataset):
+    """The batches of steps; a DataError is returned, since a worker's would come with a traceback.
+
+    Parameters
+    ----------
+    samples, own
+        As in `Batches`.
+    """
+
+    def __init__(self, samples: Sequence[Sample], own: Sequence[Sequence[int]]) -> None:
+        self._samples, self._own = samples, own
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __getitem__(self, step: int) -> Batch | DataError:
+        try:
+            return collate([self._samples[i] for i in self._own[step]])
+        except DataError as error:
+            return error
+
+
+def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
+    return batch
 
 
 def _lengths(

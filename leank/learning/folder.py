@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from leank._files import replacing
 
 FORMAT = 1
 
@@ -64,21 +65,28 @@ class RunFolder:
             self._log.write(json.dumps(clean).encode() + b"\n")
             self._log.flush()
 
-    def log_of(self, pair: dict[str, Any], folder: Path) -> Path:
-        """Write the lines that concern one mask to a log in another folder; return its path.
+    def log_of(self, pair: dict[str, Any], stage1_loss: float | None, folder: Path) -> Path:
+        """Write what concerns one of several masks to a log in another folder; return its path.
 
         Parameters
         ----------
         pair : dict
             Ratio and align, as they are in the lines of stage 2.
+        stage1_loss : float or None
+            Validation loss of stage 1's mask for this pair. All share stage 1, but the log has the
+            loss of the first one's.
         folder : Path
             Made if it is not there.
         """
         folder.mkdir(exist_ok=True)
         path = folder / self.log_path.name
         header, *lines = self.log_path.read_text(encoding="utf-8").splitlines()
-        own = [line for line in lines if pair.items() <= (pair | json.loads(line)).items()]
-        path.write_text("\n".join([header, *own]) + "\n", encoding="utf-8")
+        own = [step for step in map(json.loads, lines) if pair.items() <= (pair | step).items()]
+        for step in own:
+            if step["stage"] == 1 and step["validation"] is not None:
+                step["validation"] = stage1_loss
+        whole = [header, *map(json.dumps, own)]
+        path.write_text("\n".join(whole) + "\n", encoding="utf-8")
         return path
 
     def save(self, state: dict[str, Any]) -> None:
@@ -96,19 +104,8 @@ class RunFolder:
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a file in one step: a process that is killed leaves the new one or the old one."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with replacing(path, partial=path.name + ".partial") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    # The name is on the disk when the folder is; not every system can do that.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:

@@ -26,15 +26,19 @@ def _strided(x: torch.Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), *x.stride()[:3]
 
 
+def check_kind(dtype: torch.dtype, head_dim: int) -> None:
+    """Check what CUDA limits of a model; TypeError or ValueError."""
+    if dtype not in _DTYPES:
+        raise TypeError(f"q: expected bfloat16 or float16 on CUDA, got {dtype}")
+    if head_dim not in _cuda.HEAD_DIMS:
+        raise ValueError(f"q: expected a head dim of {_cuda.HEAD_DIMS} on CUDA, got {head_dim}")
+
+
 def _check(q: torch.Tensor, v: torch.Tensor, sink: int, recent: int, scale: float) -> None:
     """Check what does not depend on values on the device, and what only CUDA limits."""
-    if q.dtype not in _DTYPES:
-        raise TypeError(f"q: expected bfloat16 or float16 on CUDA, got {q.dtype}")
-    if q.shape[3] not in _cuda.HEAD_DIMS or v.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"q, v: expected a head dim of {_cuda.HEAD_DIMS} on CUDA, the same for both, "
-            f"got {q.shape[3]} and {v.shape[3]}"
-        )
+    check_kind(q.dtype, q.shape[3])
+    if v.shape[3] != q.shape[3]:
+        raise ValueError(f"v: expected the head dim of q, {q.shape[3]}, got {v.shape[3]}")
     if q.numel() == 0:
         raise ValueError(f"q: expected at least one row, head and column, got {tuple(q.shape)}")
     if sink < 0:

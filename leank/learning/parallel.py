@@ -93,6 +93,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_size() -> int:
+    """Return how many processes learn together on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def find_world(device: torch.device | str) -> World:
     """Return the processes that torchrun or accelerate started, or this one alone."""
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1

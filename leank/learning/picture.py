@@ -1,4 +1,4 @@
-"""Pictures of a run: the factors with the mask chosen from them, and the course of the losses.
+"""Pictures of a run: the factors of stage 1 beside the mask, and the course of the losses.
 
 Nothing but this module imports matplotlib, and it leaves that library's global state alone.
 """
@@ -20,6 +20,7 @@ _DPI = 120
 _KEPT, _DROPPED = "#1b4f72", "#eceff1"
 _STAGE = {1: "#c0561f", 2: "#1f6fb4"}
 _GREY = "#666666"
+_DEEPEST = 1e-3  # the least loss that is shown, in medians
 _SMOOTH = 0.9  # share of the running mean that stays at each step
 
 
@@ -46,7 +47,7 @@ def draw_alpha(
         cmap="magma",
         **options,
     )
-    left.set_title("factor alpha of each channel", loc="left", fontsize=10)
+    left.set_title("factors after stage 1", loc="left", fontsize=10)
     bar = figure.colorbar(image, ax=left, location="bottom", aspect=40, pad=0.015)
     bar.set_label("alpha: 0 not needed, 1 needed in full", fontsize=9)
     middle.imshow(keep.reshape(n_rows, head_dim), cmap=ListedColormap([_DROPPED, _KEPT]), **options)
@@ -72,7 +73,7 @@ def _draw_widths(axes: Axes, keep: npt.NDArray[np.bool_]) -> None:
     axes.set_xlim(0, head_dim)
     axes.set_xticks([0, head_dim // 2, head_dim])
     axes.set_xlabel("channels kept")
-    axes.set_title(f"heads, {empty.mean():.0%} empty (red)", loc="left", fontsize=10)
+    axes.set_title(f"{empty.mean():.0%} empty (red)", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -111,6 +112,7 @@ def draw_losses(path: Path, steps: Sequence[Mapping[str, Any]], title: str = "")
     _draw_validation(top, x, steps)
     if np.isfinite(loss).any():
         top.set_yscale("log")
+        top.set_ylim(bottom=_bottom(loss[np.isfinite(loss)]))
     top.set_ylabel("loss: mean (h - h')²")
     top.grid(True, which="both", color="#eeeeee", linewidth=0.6)
     top.legend(frameon=False, fontsize=9)
@@ -119,6 +121,14 @@ def draw_losses(path: Path, steps: Sequence[Mapping[str, Any]], title: str = "")
     if title:
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     figure.savefig(path, dpi=_DPI)
+
+
+def _bottom(losses: npt.NDArray[np.float64]) -> float:
+    """Return where the axis of positive losses begins.
+
+    Factors of 1 change nothing: the first loss is that of rounding alone, and would fill the axis.
+    """
+    return float(max(losses.min(), _DEEPEST * np.median(losses))) / 2
 
 
 def _draw_validation(axes: Axes, x: np.ndarray, steps: Sequence[Mapping[str, Any]]) -> None:

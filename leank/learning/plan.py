@@ -181,6 +181,17 @@ class Plan:
             "chunk": r.chunk,
         }
 
+    def check_device(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Refuse weights that the kernels of a GPU cannot attend with; LearnError."""
+        if device.type != "cuda":
+            return
+        try:
+            from leank.learning.ops_cuda import check_kind  # needs an extension built with CUDA
+
+            check_kind(dtype, self.layout.head_dim)
+        except (ImportError, TypeError, ValueError) as error:
+            raise LearnError(f"device: {device}: {error}") from error
+
     def mask(self, target: Target, keep: np.ndarray, result: str) -> ChannelMask:
         """Return the mask of a target with the window and how it was learned."""
         r, s, d = self.request, self.request.settings, self.request.data
@@ -254,6 +265,8 @@ class Plan:
     def _folder(self) -> Path | None:
         r = self.request
         if r.folder is not None:
+            if Path(r.folder).exists() and not Path(r.folder).is_dir():
+                raise LearnError(f"folder: expected a folder, got the file {r.folder}")
             return Path(r.folder)
         if r.output is not None:
             path = _fill(r.output, ratio="all", align="all")

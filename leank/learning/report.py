@@ -47,7 +47,7 @@ def write_report(
         JSON lines: an object with ``"kind": "header"``, then those with the fields of
         `leank.learning.train.Step`. Of a step that was made again, after a resume, the last counts.
     alpha : float array [N, Hkv, D]
-        The factors that the mask was chosen from.
+        The factors that stage 1 ended with, which masks of several budgets may share.
 
     Raises
     ------

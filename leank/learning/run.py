@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from torch import nn
 
 import leank
 from leank.learning.evaluate import Evaluation, evaluate
-from leank.learning.feed import workers_for
+from leank.learning.feed import Batches, workers_for
 from leank.learning.folder import ResumeError, RunFolder, check_same
 from leank.learning.parallel import World, find_world
 from leank.learning.plan import LearnError, Plan, Request, Target
@@ -149,7 +150,9 @@ def learn_many(
         from leank.learning.bars import Bars  # needs rich
 
         with Bars() as bars:
-            return Run(model, plan, bars).go()
+            run = Run(model, plan, bars)
+            run.tested = bars.tested
+            return run.go()
     return Run(model, plan, progress or None).go()
 
 
@@ -163,6 +166,13 @@ class Run:
     progress : callable, optional
     world : World, optional
         Default: the processes that torchrun or accelerate started, or this one alone.
+    command : str
+        What a user typed, for the log and the report.
+
+    Attributes
+    ----------
+    tested : callable or None
+        Called with the numbers of items done and of all while the report is made.
 
     Raises
     ------
@@ -176,13 +186,16 @@ class Run:
         plan: Plan,
         progress: Progress | None = None,
         world: World | None = None,
+        command: str = "",
     ) -> None:
         r = plan.request
-        self.plan, self.progress = plan, progress
+        self.plan, self.progress, self.command = plan, progress, command
+        self.tested: Callable[[int, int], None] | None = None
         try:
             self.model = SpanModel(model, sink=r.sink, recent=r.recent, chunk=r.chunk)
         except (TypeError, ValueError) as error:
             raise LearnError(str(error)) from error
+        plan.check_device(next(model.parameters()).dtype, self.model.device)
         self.world = world or find_world(self.model.device)
         self.identity = plan.identity(model)
         self._whole = model
@@ -222,36 +235,42 @@ class Run:
     # ----------------------------------------------------------------------------------- learning
 
     def _learn(self) -> None:
-        targets, feed = self.plan.targets, self.plan.feed
-        batches = feed.batches(self.world, workers_for(self.model.device))
+        feed = self.plan.feed
         validation = Validation(
             self.model,
             feed.validation_batches(self.world),
             world=self.world,
             cache_bytes=self._cache_bytes(),
         )
-        for i in range(len(self.done), len(targets)):
-            learner = Learner(
-                self.model,
-                self.plan.settings_of(targets[i]),
-                batches,
-                validation,
-                start=self._start() if i == 0 and self._state is None else None,
-                world=self.world,
-            )
-            if self._state is not None:
-                learner.load_state_dict(self._state)
-                self._state = None
-            try:
-                if i > 0 and learner.n_done == 0:
-                    learner.skip_stage1(self.done[0]["stage1_alpha"])
-                self._run_one(learner, targets[i])
-            except DivergedError as error:
-                raise self._diverged(error, learner, targets[i]) from error
-            self.done.append(learner.state_dict() | {"optimizer": None})
-            self._save(None)
-            mask = self._mask(targets[i], learner.best, learner.stage1_loss)
-            self._write(targets[i], mask)  # now, since the next target may take long
+        batches = feed.batches(self.world, workers_for(self.model.device))
+        with contextlib.closing(batches):
+            for i in range(len(self.done), len(self.plan.targets)):
+                self._learn_one(i, batches, validation)
+
+    def _learn_one(self, i: int, batches: Batches, validation: Validation) -> None:
+        """Learn the mask of a target; stage 1 is that of the first."""
+        target = self.plan.targets[i]
+        learner = Learner(
+            self.model,
+            self.plan.settings_of(target),
+            batches,
+            validation,
+            start=self._start() if i == 0 and self._state is None else None,
+            world=self.world,
+        )
+        if self._state is not None:
+            learner.load_state_dict(self._state)
+            self._state = None
+        try:
+            if i > 0 and learner.n_done == 0:
+                learner.skip_stage1(self.done[0]["stage1_alpha"])
+            self._run_one(learner, target)
+        except DivergedError as error:
+            raise self._diverged(error, learner, target) from error
+        self.done.append(learner.state_dict() | {"optimizer": None})
+        self._save(None)
+        mask = self._mask(target, learner.best, learner.stage1_loss)
+        self._write(target, mask)  # now, since the next target may take long
 
     def _run_one(self, learner: Learner, target: Target) -> None:
         n1, n2 = learner.settings.stage1_steps, learner.settings.stage2_steps
@@ -282,8 +301,7 @@ class Run:
             ids = torch.cat([batch.context, batch.span], 1)
             columns = torch.arange(ids.shape[1], device=ids.device)
             inputs.append((ids, columns >= batch.start[:, None]))
-        scores = second_moments(self._whole, inputs)
-        scores = self.world.sum(torch.from_numpy(scores)).numpy()
+        scores = second_moments(self._whole, inputs, self.world)
         # Sizes span decades; what counts is the order within a layer.
         flat = scores.reshape(len(scores), -1)
         places = flat.argsort(1, kind="stable").argsort(1, kind="stable")
@@ -315,7 +333,8 @@ class Run:
         self, target: Target, best: Best, stage1_loss: float | None, more: str = ""
     ) -> ChannelMask:
         first = "" if stage1_loss is None else f" (stage 1: {stage1_loss:.6g})"
-        result = f"validation loss {best.loss:.6g} at stage {best.stage}, step {best.step}{first}"
+        where = f"stage {best.stage}, step {best.step + 1}"  # people count from 1
+        result = f"validation loss {best.loss:.6g} at {where}{first}"
         return self.plan.mask(target, best.keep, result + more)
 
     def _write(self, target: Target, mask: ChannelMask) -> Any:
@@ -351,6 +370,7 @@ class Run:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return {
             "kind": "header",
+            **({"command": self.command} if self.command else {}),
             "leank": leank.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -393,12 +413,15 @@ class Run:
 
         keeps = {str(target): mask.keep for target, mask in masks.items()}
         size = self.plan.feed.settings.batch_size
-        self.evaluations = evaluate(self.model, keeps, self.plan.feed.test, batch_size=size)
+        self.evaluations = evaluate(
+            self.model, keeps, self.plan.feed.test, batch_size=size, progress=self.tested
+        )
         for i, (target, mask) in enumerate(masks.items()):
             folder, log = self.folder.path, self.folder.log_path
             if len(masks) > 1:
                 folder = folder / str(target)
-                log = self.folder.log_of(target._asdict(), folder)
+                loss = self.done[i]["stage1_loss"]
+                log = self.folder.log_of(target._asdict(), loss, folder)
             others = [e for e in self.evaluations if e is not self.evaluations[i]]
             own_first = [self.evaluations[i], *others]
             write_report(folder, own_first, mask, log, self._alpha())

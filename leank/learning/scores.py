@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from leank.learning.parallel import Alone, World
 from leank.learning.span import use_attention
 from leank.models import Layout, inspect_structure
 
@@ -42,7 +43,9 @@ def _attention(module, query, key, value, attention_mask, *, leank_moments: _Mom
 
 @torch.no_grad()
 def second_moments(
-    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    world: World | None = None,
 ) -> npt.NDArray[np.float32]:
     """Return what each channel adds to the variance of logits: mean of q_c^2 times that of k_c^2.
 
@@ -52,6 +55,8 @@ def second_moments(
         What `SpanModel` accepts.
     batches : iterable of (int64 [B, L], bool [B, L])
         Left-padded token ids, and which of them are tokens, on the model's device.
+    world : World, optional
+        The processes whose batches are taken together; default: this one alone.
 
     Returns
     -------
@@ -80,7 +85,8 @@ def second_moments(
             )
     if n_batches == 0:
         raise ValueError("batches: expected at least one, got none")
-    scores = moments.q * moments.k
+    world = world or Alone()
+    scores = world.sum(moments.q) * world.sum(moments.k)
     return (scores / scores.amax((1, 2), keepdim=True)).float().numpy()
 
 

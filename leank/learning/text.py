@@ -134,7 +134,8 @@ def read_text(paths: Iterable[str | Path]) -> list[str]:
         try:
             documents.append(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"text: expected a UTF-8 text file, got {path}: {error}") from error
+            reason = getattr(error, "strerror", None) or error  # the system's would name it again
+            raise DataError(f"text: expected a UTF-8 text file, got {path}: {reason}") from error
     if not documents:
         raise DataError("text: expected at least one file, got none")
     return documents

@@ -265,7 +265,7 @@ class Learner:
         if stage == 1:
             (self.settings.penalty * self.alpha.abs().mean()).backward()
         if not torch.stack([loss, self.alpha.grad.abs().sum()]).isfinite().all():
-            raise DivergedError(f"stage {stage}, step {step}: the loss is {loss.item()}")
+            raise DivergedError(f"stage {stage}, step {step + 1}: the loss is {loss.item()}")
         self.optimizer.step()
         with torch.no_grad():
             self.alpha.clamp_(0, 1)
@@ -275,7 +275,7 @@ class Learner:
         keep = self.choose()
         loss = self.validation.loss(keep)
         if not np.isfinite(loss):
-            raise DivergedError(f"stage {stage}, step {step}: the validation loss is {loss}")
+            raise DivergedError(f"stage {stage}, step {step + 1}: the validation loss is {loss}")
         improved = self.best is None or loss < self.best.loss
         if improved:
             self.best = Best(keep, loss, stage, step)
