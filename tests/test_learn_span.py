@@ -171,5 +171,5 @@ def test_structure_is_known_without_weights():
         leank.patch(empty, pruned())
     mixed = tiny()
     mixed.lm_head.to("meta")
-    with pytest.raises(ValueError, match="expected all weights on one device, got cpu, meta"):
+    with pytest.raises(ValueError, match="all weights on GPUs or all on the CPU, got cpu, meta"):
         SpanModel(mixed, **WINDOW)
