@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -175,6 +176,13 @@ def learn(
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_RUN)
     ] = "auto",
+    device_map: Annotated[
+        Literal["auto", "balanced", "balanced_low_0", "sequential"] | None,
+        typer.Option(
+            help="Spread a model over all GPUs that is too large for one, as transformers does.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(
@@ -242,10 +250,12 @@ def learn(
         )
     except ValueError as error:
         _fail(str(error), error)
-    _run(model, request, device, dtype, show_data)
+    _run(model, request, device, device_map, dtype, show_data)
 
 
-def _run(name: str, request: Request, device: str, dtype: str, show_data: int) -> None:
+def _run(
+    name: str, request: Request, device: str, device_map: str | None, dtype: str, show_data: int
+) -> None:
     import torch
 
     from leank.learning.folder import ResumeError
@@ -255,6 +265,8 @@ def _run(name: str, request: Request, device: str, dtype: str, show_data: int) -
 
     try:
         with quiet():
+            if device_map is not None:
+                _check_map(device)
             place = _device(device)
             source = Source(name)
             tokenizer = source.tokenizer()
@@ -265,7 +277,7 @@ def _run(name: str, request: Request, device: str, dtype: str, show_data: int) -
             kind = dtype
             if kind == "auto":
                 kind = "float32" if place.type == "cpu" else "bfloat16"
-            weights = source.model(getattr(torch, kind), place)
+            weights = source.model(getattr(torch, kind), place, device_map)
             _learn(weights, plan)
     except (LoadError, LearnError, DataError, ResumeError) as error:
         _fail(str(error), error)
@@ -316,6 +328,19 @@ def _show(plan: Plan, tokenizer: Any, n: int) -> None:
 
     for i in range(min(n, len(plan.feed.train))):
         typer.echo(describe(plan.feed.train[i], tokenizer))
+
+
+def _check_map(device: str) -> None:
+    import torch
+
+    from leank.learning.plan import LearnError
+
+    if device not in ("auto", "cuda"):
+        raise LearnError(f"device-map: expected device auto or cuda beside it, got {device}")
+    if not torch.cuda.is_available():
+        raise LearnError("device-map: expected GPUs that torch can use, got none")
+    if (n := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise LearnError(f"device-map: expected one process, since it takes all GPUs, got {n}")
 
 
 def _device(name: str) -> Any:

@@ -264,6 +264,22 @@ def test_without_a_gpu_it_says_so(folder):
     assert "device: expected a GPU that torch can use, got none for cuda" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("n_gpus", "n_processes", "options", "message"),
+    [
+        (0, 1, {}, "expected GPUs that torch can use, got none"),
+        (2, 1, {"device": "cuda:1"}, "expected device auto or cuda beside it, got cuda:1"),
+        (2, 2, {}, "expected one process, since it takes all GPUs, got 2"),
+    ],
+)
+def test_device_map_needs_all_gpus(folder, monkeypatch, n_gpus, n_processes, options, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+    monkeypatch.setenv("WORLD_SIZE", str(n_processes))
+    result = leank_learn(folder, device_map="auto", **options)
+    assert result.exit_code == 2
+    assert f"leank learn: device-map: {message}" in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize("wrong", [{"recent": 0}, {"dtype": "int8"}, {"budget": "v"}, {"seed": -1}])
 def test_options_outside_their_range(folder, wrong):
     result = leank_learn(folder, columns=200, **wrong)

@@ -3,6 +3,8 @@
 Without GPUs they are pretended (tests/placed.py), so results are the same bit for bit.
 """
 
+import json
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from leank.learning.evaluate import evaluate  # noqa: E402
 from leank.learning.scores import second_moments  # noqa: E402
 from leank.learning.span import SpanModel, loss_of  # noqa: E402
 
-from .learn_run_tools import learn, write_text  # noqa: E402
+from .learn_run_tools import OPTIONS, learn, write_model, write_text  # noqa: E402
 from .learn_tools import make_batch, random_alpha  # noqa: E402
 from .placed import place_model, placed  # noqa: E402
 from .tiny_models import FAMILIES, RECENT, SINK, VOCAB, prompts, pruned, tiny  # noqa: E402
@@ -113,6 +115,58 @@ def test_the_same_mask(monkeypatch, tmp_path, start):
     with placed():
         got = learn(text, model=place_model(tiny(), MAP), **options)
     assert got == expected
+
+
+def test_the_command(monkeypatch, tmp_path):
+    """Here the test loads the model, as transformers would with device_map="auto" on two GPUs."""
+    from typer.testing import CliRunner
+
+    from leank import ChannelMask, cli_learn
+    from leank.cli import app
+    from leank.loading import Source
+
+    def load(self, dtype, device, device_map):
+        assert (dtype, str(device), device_map) == (torch.bfloat16, FIRST, "auto")
+        return place_model(tiny(), MAP)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << (30 + device.index), 0))
+    monkeypatch.setattr(cli_learn, "_device", lambda name: torch.device(FIRST))
+    monkeypatch.setattr(run_module, "workers_for", lambda device: 0)
+    monkeypatch.setattr(Source, "model", load)
+    text = write_text(tmp_path / "text.txt")
+    expected = learn(text)
+    options = OPTIONS | {"text": text, "ratio": 0.5, "align": 8, "device_map": "auto"}
+    options |= {"lengths": "260,300", "kinds": "single,continuation", "output": tmp_path / "mask"}
+    options |= {"validation": options.pop("n_validation"), "test": options.pop("n_test")}
+    words = ["learn", str(write_model(tmp_path / "model"))]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    with placed():
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert (ChannelMask.load(tmp_path / "mask").keep == expected.keep).all()
+    log = (tmp_path / "mask.run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["device"] == "GPU 0 + GPU 1"
+    assert (tmp_path / "mask.run" / "report.md").exists()
+
+
+def test_weights_are_loaded_by_a_map(monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from leank.loading import Source
+
+    given = {}
+
+    def load(path, **options):
+        given.update(options, path=path)
+        return tiny().train()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    model = Source("some/model").model(torch.bfloat16, torch.device(FIRST), "auto")
+    assert given == {"path": "some/model", "dtype": torch.bfloat16, "device_map": "auto"}
+    assert not model.training  # and moved nowhere
 
 
 def test_what_cannot_be_used_is_named():
