@@ -124,6 +124,21 @@ def test_shares_are_all_there_is():
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_validation_is_the_same_whoever_makes_it(tmp_path, n):
+    settings = DataSettings(
+        lengths=(400, 500), batch_size=2, n_validation=n, text=(write_text(tmp_path / "t"),)
+    )
+    feed = Feed(character_tokenizer(), settings, n_steps=1, window=64, context=None)
+    state = torch.random.get_rng_state()
+    alone, together = (feed.validation_batches(Alone(), n_workers) for n_workers in (0, 2))
+    assert len(alone) == len(together) == (n + 1) // 2
+    for one, other in zip(alone, together, strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
 def test_more_processes_than_samples_are_refused(tmp_path):
     world = Alone()
     world.size = 3

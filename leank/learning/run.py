@@ -224,10 +224,11 @@ class Run:
 
     def _learn(self) -> None:
         targets, feed = self.plan.targets, self.plan.feed
-        batches = feed.batches(self.world, workers_for(self.model.device))
+        n_workers = workers_for(self.model.device)
+        batches = feed.batches(self.world, n_workers)
         validation = Validation(
             self.model,
-            feed.validation_batches(self.world),
+            feed.validation_batches(self.world, n_workers),
             world=self.world,
             cache_bytes=self._cache_bytes(),
         )
