@@ -339,8 +339,12 @@ def _check_map(device: str) -> None:
         raise LearnError(f"device-map: expected device auto or cuda beside it, got {device}")
     if not torch.cuda.is_available():
         raise LearnError("device-map: expected GPUs that torch can use, got none")
-    if (n := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if (n := _n_processes()) > 1:
         raise LearnError(f"device-map: expected one process, since it takes all GPUs, got {n}")
+
+
+def _n_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _device(name: str) -> Any:
@@ -362,6 +366,8 @@ def _device(name: str) -> Any:
         return device
     if not there:
         raise LearnError(f"device: expected a GPU that torch can use, got none for {name}")
+    if device.index is not None and _n_processes() > 1:
+        raise LearnError(f"device: expected auto or cuda, a GPU for each process, got {name}")
     index = local_rank() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise LearnError(f"device: expected cuda:0 to {torch.cuda.device_count() - 1}, got {name}")

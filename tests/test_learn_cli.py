@@ -280,6 +280,15 @@ def test_device_map_needs_all_gpus(folder, monkeypatch, n_gpus, n_processes, opt
     assert f"leank learn: device-map: {message}" in " ".join(result.stderr.split())
 
 
+def test_one_gpu_for_several_processes_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = leank_learn(folder, device="cuda:0")
+    assert result.exit_code == 2
+    message = "device: expected auto or cuda, a GPU for each process, got cuda:0"
+    assert message in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize("wrong", [{"recent": 0}, {"dtype": "int8"}, {"budget": "v"}, {"seed": -1}])
 def test_options_outside_their_range(folder, wrong):
     result = leank_learn(folder, columns=200, **wrong)
