@@ -115,6 +115,8 @@ def main() -> None:
     parser.add_argument("--split", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.steps < 3:
+        parser.error("--steps: expected at least 3: the first and the last do not count")
     clock = Clock()
     device = torch.device("cpu")
     if torch.cuda.is_available():
