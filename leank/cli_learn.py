@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -181,6 +182,13 @@ def learn(
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_RUN)
     ] = "auto",
+    device_map: Annotated[
+        Literal["auto", "balanced", "balanced_low_0", "sequential"] | None,
+        typer.Option(
+            help="Spread a model over all GPUs that is too large for one, as transformers does.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(
@@ -250,10 +258,12 @@ def learn(
         )
     except ValueError as error:
         _fail(str(error), error)
-    _run(model, request, device, dtype, show_data)
+    _run(model, request, device, device_map, dtype, show_data)
 
 
-def _run(name: str, request: Request, device: str, dtype: str, show_data: int) -> None:
+def _run(
+    name: str, request: Request, device: str, device_map: str | None, dtype: str, show_data: int
+) -> None:
     import torch
 
     from leank.learning.folder import ResumeError
@@ -263,6 +273,8 @@ def _run(name: str, request: Request, device: str, dtype: str, show_data: int) -
 
     try:
         with quiet():
+            if device_map is not None:
+                _check_map(device)
             place = _device(device)
             source = Source(name)
             tokenizer = source.tokenizer()
@@ -274,7 +286,7 @@ def _run(name: str, request: Request, device: str, dtype: str, show_data: int) -
             if kind == "auto":
                 kind = "float32" if place.type == "cpu" else "bfloat16"
             plan.check_device(getattr(torch, kind), place)
-            weights = source.model(getattr(torch, kind), place)
+            weights = source.model(getattr(torch, kind), place, device_map)
             _learn(weights, plan)
     except (LoadError, LearnError, DataError, ResumeError) as error:
         _fail(str(error), error)
@@ -327,6 +339,23 @@ def _show(plan: Plan, tokenizer: Any, n: int) -> None:
         typer.echo(describe(plan.feed.train[i], tokenizer))
 
 
+def _check_map(device: str) -> None:
+    import torch
+
+    from leank.learning.plan import LearnError
+
+    if device not in ("auto", "cuda"):
+        raise LearnError(f"device-map: expected device auto or cuda beside it, got {device}")
+    if not torch.cuda.is_available():
+        raise LearnError("device-map: expected GPUs that torch can use, got none")
+    if (n := _n_processes()) > 1:
+        raise LearnError(f"device-map: expected one process, since it takes all GPUs, got {n}")
+
+
+def _n_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _device(name: str) -> Any:
     import torch
 
@@ -346,6 +375,8 @@ def _device(name: str) -> Any:
         return device
     if not there:
         raise LearnError(f"device: expected a GPU that torch can use, got none for {name}")
+    if device.index is not None and _n_processes() > 1:
+        raise LearnError(f"device: expected auto or cuda, a GPU for each process, got {name}")
     index = local_rank() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise LearnError(f"device: expected cuda:0 to {torch.cuda.device_count() - 1}, got {name}")

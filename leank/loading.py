@@ -46,10 +46,12 @@ class Source:
             with torch.device("meta"):
                 return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
-    def model(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """Return the model with weights."""
+    def model(self, dtype: torch.dtype, device: torch.device, device_map: str | None = None) -> Any:
+        """Return the model with weights, on a device or where a device_map puts them."""
         with _naming(self.name):
             load = transformers.AutoModelForCausalLM.from_pretrained
+            if device_map is not None:
+                return load(self.path, dtype=dtype, device_map=device_map).eval()
             return load(self.path, dtype=dtype).eval().to(device)
 
 

@@ -325,6 +325,31 @@ def test_a_build_without_cuda_says_so(folder, monkeypatch):
     assert result.exit_code == 2 and "leank was built without CUDA: install it" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("n_gpus", "n_processes", "options", "message"),
+    [
+        (0, 1, {}, "expected GPUs that torch can use, got none"),
+        (2, 1, {"device": "cuda:1"}, "expected device auto or cuda beside it, got cuda:1"),
+        (2, 2, {}, "expected one process, since it takes all GPUs, got 2"),
+    ],
+)
+def test_device_map_needs_all_gpus(folder, monkeypatch, n_gpus, n_processes, options, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+    monkeypatch.setenv("WORLD_SIZE", str(n_processes))
+    result = leank_learn(folder, device_map="auto", **options)
+    assert result.exit_code == 2
+    assert f"leank learn: device-map: {message}" in " ".join(result.stderr.split())
+
+
+def test_one_gpu_for_several_processes_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = leank_learn(folder, device="cuda:0")
+    assert result.exit_code == 2
+    message = "device: expected auto or cuda, a GPU for each process, got cuda:0"
+    assert message in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize("wrong", [{"recent": 0}, {"dtype": "int8"}, {"budget": "v"}, {"seed": -1}])
 def test_options_outside_their_range(folder, wrong):
     result = leank_learn(folder, columns=200, **wrong)

@@ -16,13 +16,41 @@ from leank.learning import DataError, DataSettings  # noqa: E402
 from leank.learning import run as run_module  # noqa: E402
 from leank.learning.feed import Feed  # noqa: E402
 from leank.learning.folder import read_state  # noqa: E402
-from leank.learning.parallel import Alone, share  # noqa: E402
+from leank.learning.parallel import Alone, Processes, share  # noqa: E402
 
 from .learn_run_tools import OPTIONS, character_tokenizer, learn, write_text  # noqa: E402
+from .tiny_models import tiny  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 # Three samples a step and five batches: the processes have unequal shares.
 CHANGES = {"batch_size": 3, "n_validation": 14, "stage1_steps": 4, "stage2_steps": 4}
+
+
+def learn_with_two_processes(folder, options, model="tiny()", device="'cpu'"):
+    """Learn into folder / "two", and let each process save what it got, as "two.0" and "two.1"."""
+    (folder / "work.py").write_text(f"""if True:
+        import torch
+        from pathlib import Path, PosixPath
+        from leank.learning.parallel import find_world, local_rank
+        from tests.learn_run_tools import learn
+        from tests.tiny_models import tiny
+        output = Path({str(folder / "two")!r})
+        mask = learn(**{options}, output=output, model={model}.to({device}))
+        world = find_world({device})
+        assert world.size == 2 and str(world.device) == str({device})
+        mask.save(output.with_name(f"two.{{world.rank}}"))
+        world.leave()
+        """)
+    done = subprocess.run(
+        [*f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2".split()]
+        + [folder / "work.py"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_processes_give_the_result_of_one(monkeypatch, tmp_path):
@@ -35,27 +63,7 @@ def test_two_processes_give_the_result_of_one(monkeypatch, tmp_path):
 
     with pytest.raises(StopIteration):
         learn(**options, output=tmp_path / "two", progress=stop)
-    (tmp_path / "work.py").write_text(f"""if True:
-        import torch
-        from pathlib import Path, PosixPath
-        from leank.learning.parallel import find_world
-        from tests.learn_run_tools import learn
-        output = Path({str(tmp_path / "two")!r})
-        mask = learn(**{options}, output=output, resume=True)
-        assert torch.distributed.get_world_size() == 2
-        mask.save(output.with_name(f"two.{{torch.distributed.get_rank()}}"))
-        find_world("cpu").leave()
-        """)
-    done = subprocess.run(
-        [*f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2".split()]
-        + [tmp_path / "work.py"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    learn_with_two_processes(tmp_path, options | {"resume": True})
     two = [leank.ChannelMask.load(tmp_path / name) for name in ("two", "two.0", "two.1")]
     assert two[0] == two[1] == two[2]
     one = learn(**options, output=tmp_path / "one")
@@ -73,12 +81,62 @@ def test_two_processes_give_the_result_of_one(monkeypatch, tmp_path):
     assert n_lines == [9, 9]
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_two_gpus_give_the_result_of_one(tmp_path):
+    """NCCL. Batches of another size round differently in bfloat16."""
+    options = OPTIONS | CHANGES | {"text": str(write_text(tmp_path / "text.txt")), "align": 16}
+    learn_with_two_processes(
+        tmp_path, options, "tiny(dtype=torch.bfloat16, head_dim=64)", "f'cuda:{local_rank()}'"
+    )
+    two = [leank.ChannelMask.load(tmp_path / name) for name in ("two", "two.0", "two.1")]
+    assert two[0] == two[1] == two[2]
+    model = tiny(dtype=torch.bfloat16, head_dim=64).to("cuda:0")
+    one = learn(**options, output=tmp_path / "one", model=model)
+    assert (one.keep == two[0].keep).mean() > 0.9
+    states = [
+        read_state(tmp_path / f"{name}.run" / "state.pt")["done"][0] for name in ("one", "two")
+    ]
+    assert (states[0]["stage1_alpha"] - states[1]["stage1_alpha"]).abs().mean() < 0.02
+    assert states[0]["stage1_loss"] == pytest.approx(states[1]["stage1_loss"], rel=0.1)
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_processes_wait_for_a_long_report(monkeypatch, backend):
+    """NCCL gives up after ten minutes by default. Sums are made where the process's model is."""
+    import accelerate
+
+    given = {}
+    monkeypatch.setattr(accelerate, "PartialState", lambda **options: given.update(options))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", 3)
+    assert Processes(device).device == device
+    assert given["cpu"] == (backend == "gloo") and given["timeout"].total_seconds() >= 12 * 3600
+
+
 def test_shares_are_all_there_is():
     worlds = [Alone() for _ in range(3)]
     for rank, world in enumerate(worlds):
         world.rank, world.size = rank, 3
     shares = [list(share(range(8), world)) for world in worlds]
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_validation_is_the_same_whoever_makes_it(tmp_path, n):
+    settings = DataSettings(
+        lengths=(400, 500), batch_size=2, n_validation=n, text=(write_text(tmp_path / "t"),)
+    )
+    feed = Feed(character_tokenizer(), settings, n_steps=1, window=64, context=None)
+    state = torch.random.get_rng_state()
+    alone, together = (feed.validation_batches(Alone(), n_workers) for n_workers in (0, 2))
+    assert len(alone) == len(together) == (n + 1) // 2
+    for one, other in zip(alone, together, strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_more_processes_than_samples_are_refused(tmp_path):

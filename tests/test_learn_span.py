@@ -115,6 +115,36 @@ def test_a_sample_has_its_loss_whatever_is_in_its_batch():
     assert collate(samples).begin.tolist() == [14, 0, 7] and collate(samples[:1]).begin is None
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of kernels that a CPU does not have
+@pytest.mark.parametrize("n_new", [1, 7, 20])
+def test_a_chunk_attends_to_all_before_it(n_new):
+    """What GPUs use instead of a mask; the last query sees the last key."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((4, n_new), (2, 20), (2, 20)))
+    out, _ = span._attend_chunk(None, q, k, v, None, scaling=0.3)
+    seen = torch.arange(20) <= torch.arange(20 - n_new, 20)[:, None]
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    weights = (0.3 * q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1)
+    close(out, (weights @ v).transpose(1, 2), 1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunks_on_a_gpu(padded):
+    """Many chunks are as near to float32 as one is."""
+    lengths = (700, 300) if padded else (700, 700)
+    batch, family = make_batch(lengths), {"head_dim": 64}
+    truth = SpanModel(tiny(dtype=torch.float32, **family), **WINDOW).dense(batch)
+    size = truth.target.square().mean().sqrt()
+    errors = []
+    for chunk in (8192, 96):
+        model = SpanModel(tiny(dtype=torch.bfloat16, **family).cuda(), **WINDOW, chunk=chunk)
+        target = model.dense(batch.to(model.device)).target.cpu().float()
+        errors.append(((target - truth.target).square().mean().sqrt() / size).item())
+    assert errors[1] < 1.5 * errors[0] + 1e-3, errors
+
+
 def test_only_tokens_with_a_weight_count():
     batch, model = make_batch(), model_of()
     dense = model.dense(batch)
@@ -171,5 +201,5 @@ def test_structure_is_known_without_weights():
         leank.patch(empty, pruned())
     mixed = tiny()
     mixed.lm_head.to("meta")
-    with pytest.raises(ValueError, match="expected all weights on one device, got cpu, meta"):
+    with pytest.raises(ValueError, match="all weights on GPUs or all on the CPU, got cpu, meta"):
         SpanModel(mixed, **WINDOW)

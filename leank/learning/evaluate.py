@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from leank.learning.data import Batch, Sample, collate
-from leank.learning.span import Dense, SpanModel
+from leank.learning.span import Dense, SpanModel, token_errors
 from leank.learning.tasks import ALL_KINDS, CONTINUATION
 from leank.masks import kept_shares
 
@@ -273,14 +273,15 @@ def _measure(model: SpanModel, keeps: list[torch.Tensor], items: Sequence[Sample
     at = torch.cat(
         [begin + torch.arange(*tokens) for begin, tokens in zip(begins, ranges, strict=True)]
     )
-    row, at = row.to(batch.span.device), at.to(batch.span.device)
     dense = model.dense(batch)
+    device = dense.target.device  # that of the last layer
+    row, at, tokens = row.to(device), at.to(device), batch.span.to(device)
     states, losses = [dense.target[row, at - 1]], [np.zeros(len(items))]
     for keep in keeps:
         out = model.mixed(batch, dense, keep.float(), ~keep.any(-1))
         states.append(out[row, at - 1])
         losses.append(_losses(out, dense, batch))
-    hits, kl = _compare(model, states, batch.span[row, at])
+    hits, kl = _compare(model, states, tokens[row, at])
     result = np.zeros((len(states), 3, len(items)))
     borders = np.cumsum([0, *(stop - first for first, stop in ranges)])
     for b, (item, (first, _)) in enumerate(zip(items, ranges, strict=True)):
@@ -293,7 +294,7 @@ def _measure(model: SpanModel, keeps: list[torch.Tensor], items: Sequence[Sample
 
 def _losses(out: torch.Tensor, dense: Dense, batch: Batch) -> np.ndarray:
     """Return `loss_of` of each row, [B]."""
-    error = (out.float() - dense.target.float()).square().mean(-1)
+    error = token_errors(out, dense, batch)
     return ((error * batch.weights).sum(1) / batch.weights.sum(1)).double().cpu().numpy()
 
 
@@ -321,8 +322,8 @@ def _compare(
     for begin in range(0, len(tokens), _ROWS):
         part = slice(begin, begin + _ROWS)
         for i, hidden in enumerate(states):
-            logits = model.logits(hidden[part])
-            hits[i, part] = logits.argmax(-1) == tokens[part]
+            logits = model.logits(hidden[part])  # where the head is
+            hits[i, part] = logits.argmax(-1).to(tokens.device) == tokens[part]
             log_p = logits.log_softmax(-1)
             if i == 0:
                 log_dense, dense_p = log_p, log_p.exp()

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
+
+# The first process alone tests the masks while the others wait, longer than NCCL's ten minutes.
+# One that dies is noticed all the same: by what started them, which ends the others.
+_PATIENCE = timedelta(days=1)
 
 
 class World(Protocol):
@@ -50,8 +55,8 @@ class Processes:
 
     Parameters
     ----------
-    cpu : bool
-        Whether the model is on the CPU (gloo) or on a GPU (nccl).
+    device : torch.device
+        Where the process's model is: on the CPU (gloo) or on a GPU (nccl), of its own.
 
     Raises
     ------
@@ -59,14 +64,16 @@ class Processes:
         accelerate is not installed.
     """
 
-    def __init__(self, cpu: bool) -> None:
+    def __init__(self, device: torch.device) -> None:
         if not torch.distributed.is_initialized():
             from accelerate import PartialState
 
-            PartialState(cpu=cpu)
+            PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
         self.rank = torch.distributed.get_rank()
         self.size = torch.distributed.get_world_size()
-        self.device = torch.device("cpu") if cpu else torch.device("cuda", local_rank())
+        # Sums are made there. NCCL refuses two processes on one GPU, whatever their numbers are.
+        gloo = torch.distributed.get_backend() == "gloo"
+        self.device = torch.device("cpu") if gloo else device
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum over all processes.
@@ -103,7 +110,7 @@ def find_world(device: torch.device | str) -> World:
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     if started or (joined and torch.distributed.get_world_size() > 1):
-        return Processes(cpu=torch.device(device).type == "cpu")
+        return Processes(torch.device(device))
     return Alone()
 
 

@@ -71,7 +71,8 @@ def learn(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        As for `leank.patch`, on the CPU or on one GPU, in float32, bfloat16 or float16.
+        As for `leank.patch`, on the CPU, on one GPU, or on several by transformers' `device_map`,
+        in float32, bfloat16 or float16. What `device_map` offloads to the CPU cannot be used.
     tokenizer : transformers tokenizer
         The model's, a fast one.
     ratio : float
@@ -236,13 +237,14 @@ class Run:
 
     def _learn(self) -> None:
         feed = self.plan.feed
+        n_workers = workers_for(self.model.device)
         validation = Validation(
             self.model,
-            feed.validation_batches(self.world),
+            feed.validation_batches(self.world, n_workers),
             world=self.world,
             cache_bytes=self._cache_bytes(),
         )
-        batches = feed.batches(self.world, workers_for(self.model.device))
+        batches = feed.batches(self.world, n_workers)
         with contextlib.closing(batches):
             for i in range(len(self.done), len(self.plan.targets)):
                 self._learn_one(i, batches, validation)
@@ -312,7 +314,8 @@ class Run:
         if given is not None:
             return given
         if self.model.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.model.device)[0] // 4
+            # K and V of the context are where their layers are, perhaps most of them on one device.
+            return min(torch.cuda.mem_get_info(device)[0] for device in self.model.devices) // 4
         return 1 << 30
 
     def _diverged(self, error: DivergedError, learner: Learner, target: Target) -> DivergedError:
@@ -366,8 +369,10 @@ class Run:
         self.folder = folder
 
     def _header(self) -> dict[str, Any]:
-        device = self.model.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        names = [
+            torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            for device in self.model.devices
+        ]
         return {
             "kind": "header",
             **({"command": self.command} if self.command else {}),
@@ -375,7 +380,7 @@ class Run:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": sys.version.split()[0],
-            "device": name,
+            "device": " + ".join(names),
             "processes": self.world.size,
             "name": self.plan.name,
             "n_total": self.n_total,

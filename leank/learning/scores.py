@@ -30,7 +30,7 @@ class _Moments:
         self.real: torch.Tensor | None = None  # [B, L], of the batch that is running
 
     def add(self, i: int, q: torch.Tensor, k: torch.Tensor) -> None:
-        real = self.real[:, None, :, None]
+        real = self.real[:, None, :, None].to(q.device)
         for total, x in ((self.q, q), (self.k, k)):
             squares = (x.double().square() * real).sum((0, 2)).cpu()
             total[i] += squares.view(len(total[i]), -1, x.shape[-1]).sum(1)
@@ -54,7 +54,7 @@ def second_moments(
     model : nn.Module
         What `SpanModel` accepts.
     batches : iterable of (int64 [B, L], bool [B, L])
-        Left-padded token ids, and which of them are tokens, on the model's device.
+        Left-padded token ids, and which of them are tokens, where the embedding is.
     world : World, optional
         The processes whose batches are taken together; default: this one alone.
 

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from leank.learning.data import Batch
 from leank.learning.ops import mixed_attention
 from leank.models import Layout, inspect_structure
 
-_NAME = "leank_learn"
+_NAME, _CHUNK_NAME = "leank_learn", "leank_learn_chunk"
 # Without cuDNN, which makes a plan for each new shape: that takes longer than the attention.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -66,20 +68,39 @@ class _Run:
 def _attention(module, query, key, value, attention_mask, *, scaling, leank_run: _Run, **kwargs):
     """Attention of one layer, as transformers calls it; returns [B, T, Hq, D]."""
     i, run = module.layer_idx, leank_run
+
+    def here(x: torch.Tensor | None) -> torch.Tensor | None:
+        """Return it where this layer is, which has K and V of the context already."""
+        return None if x is None else x.to(query.device)
+
     if run.context is not None:
-        key = torch.where(run.context, run.dense.span_keys[i], key)
-        value = torch.where(run.context, run.dense.span_values[i], value)
+        context = here(run.context)
+        key = torch.where(context, run.dense.span_keys[i], key)
+        value = torch.where(context, run.dense.span_values[i], value)
     out = mixed_attention(
         query,
         run.dense.keys[i],
         run.dense.values[i],
         key,
         value,
-        run.alpha[i],
+        here(run.alpha[i]),
         scale=scaling,
-        start=run.start,
-        hidden=None if run.hidden is None else run.hidden[i],
+        start=here(run.start),
+        hidden=here(None if run.hidden is None else run.hidden[i]),
         **run.window,
+    )
+    return out.transpose(1, 2), None
+
+
+def _attend_chunk(module, query, key, value, attention_mask, *, scaling, **kwargs):
+    """Attention of a chunk without padding to all before it and itself; returns [B, T, Hq, D].
+
+    transformers would make a mask of T x L for every chunk but the first, with which there is no
+    flash attention: at 32k tokens that takes longer than all the rest.
+    """
+    bias = causal_lower_right(query.shape[2], key.shape[2])
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True
     )
     return out.transpose(1, 2), None
 
@@ -103,7 +124,8 @@ class SpanModel:
     Parameters
     ----------
     model : nn.Module
-        What `leank.patch` accepts, on the CPU or on one GPU; its weights get no gradient any more.
+        What `leank.patch` accepts, on the CPU, on one GPU, or with its layers on several where
+        transformers put them by `device_map`; its weights get no gradient any more.
     sink, recent : int
         Tokens at the start and at the end that keep every channel.
     chunk : int
@@ -112,32 +134,32 @@ class SpanModel:
     Attributes
     ----------
     device : torch.device
-        Where the weights are, and where batches and factors have to be.
+        Where the embedding is, and where batches and factors have to be.
+    devices : tuple of torch.device
+        Where the weights are, `device` first.
 
     Raises
     ------
     TypeError, ValueError
-        As `leank.patch`; or the weights are on several devices.
+        As `leank.patch`; or weights are on several devices without a device_map, or offloaded.
     """
 
     def __init__(self, model: nn.Module, *, sink: int, recent: int, chunk: int = 8192) -> None:
         if chunk < 1:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
         self.layout: Layout = inspect_structure(model)
-        devices = {parameter.device for parameter in model.parameters()}
-        if len(devices) != 1:
-            names = ", ".join(sorted(map(str, devices)))
-            raise ValueError(f"model: expected all weights on one device, got {names}")
-        self.device = devices.pop()
+        self.devices = _find_devices(model)
+        self.device = self.devices[0]
         self.window = {"sink": sink, "recent": recent}
         self.chunk = chunk
         self.base = model.model
         self.head = model.get_output_embeddings()
         for part in (self.base, self.head):
             part.requires_grad_(False)
-        AttentionInterface.register(_NAME, _attention)
-        # The op knows what is visible: no mask is made.
-        AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+        for name, attention in ((_NAME, _attention), (_CHUNK_NAME, _attend_chunk)):
+            AttentionInterface.register(name, attention)
+            # They know what is visible: no mask is made.
+            AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
 
     @torch.no_grad()
     def dense(self, batch: Batch) -> Dense:
@@ -152,7 +174,10 @@ class SpanModel:
         cache = DynamicCache()
         # The span is in the last chunk.
         cuts = [*range(0, max(1, n_context), self.chunk), n_columns]
-        with sdpa_kernel(_BACKENDS):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(_BACKENDS))
+            if mask is None and ids.is_cuda:
+                stack.enter_context(use_attention(self.layout, _CHUNK_NAME))
             for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
                 out = self.base(
                     input_ids=ids[:, begin:end],
@@ -213,6 +238,24 @@ class SpanModel:
         return self.head(hidden).float()
 
 
+def _find_devices(model: nn.Module) -> tuple[torch.device, ...]:
+    """Return where the weights are, the embedding's device first."""
+    first = model.get_input_embeddings().weight.device
+    devices = dict.fromkeys([first, *(parameter.device for parameter in model.parameters())])
+    names = ", ".join(sorted(map(str, devices)))
+    if torch.device("meta") in devices:
+        # They would be copied to a GPU in the forward, and stay there until the backward.
+        raise ValueError(
+            f"model: expected all weights on GPUs or all on the CPU, got {names}; what is on meta "
+            "was offloaded or not loaded"
+        )
+    if len(devices) > 1 and not getattr(model, "hf_device_map", None):
+        raise ValueError(
+            f"model: expected all weights on one device, or on several by device_map, got {names}"
+        )
+    return tuple(devices)
+
+
 def loss_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
     """Return the mean over hidden units and, weighted, over tokens of (h - h')^2.
 
@@ -222,6 +265,11 @@ def loss_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
 
 
 def error_of(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
-    """Return the weighted sum over tokens whose mean `loss_of` is, float32."""
+    """Return the weighted sum over tokens whose mean `loss_of` is, float32, where the batch is."""
+    return (token_errors(out, dense, batch) * batch.weights).sum()
+
+
+def token_errors(out: torch.Tensor, dense: Dense, batch: Batch) -> torch.Tensor:
+    """Return the mean over hidden units of (h - h')^2, float32 [B, T], where the batch is."""
     error = (out.float() - dense.target.float()).square().mean(-1)
-    return (error * batch.weights).sum()
+    return error.to(batch.weights.device)

@@ -23,7 +23,7 @@ class Validation:
     world : World, optional
         The processes that validate together; default: this one alone.
     cache_bytes : int
-        Dense runs are kept on the model's device up to so many bytes; the others are run again each
+        Dense runs are kept where they are up to so many bytes; the others are run again each
         time, with the same result.
     """
 
