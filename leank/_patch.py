@@ -20,7 +20,7 @@ from torch import nn
 
 from . import attention, shipped
 from ._generate import HOOKS, REPLACED
-from .cache import HANDLE, LeanKCache, check_outside, patch_of, resolve_window
+from .cache import HANDLE, LeanKCache, fitted, patch_of, resolve_window
 from .cache_layer import LeanKLayer
 from .masks import ChannelMask
 from .models import PREFIX, Layout, inspect_model
@@ -197,7 +197,7 @@ def patch(
             f"mask: expected {layout.mask_shape} [layers, kv_heads, head_dim], "
             f"got {mask.keep.shape}"
         )
-    check_outside(mask, layout.n_layers, layout.outside)
+    mask = fitted(mask, layout.n_layers, layout.outside)
     window = resolve_window(mask, sink, recent, slack)
     _check_hooks(type(model))
     handle = Patch(model, mask, layout, window, prefill)

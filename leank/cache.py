@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,12 @@ class LeanKCache(Cache):
         if config is not None:
             layers = DynamicCache(config=config).layers
             outside = [i for i, layer in enumerate(layers) if type(layer) is not DynamicLayer]
-            check_outside(mask, len(layers), outside)
+            fitted(mask, len(layers), outside)
+        elif mask.outside:
+            raise ValueError(
+                f"config: expected the model's because layers {list(mask.outside)} of the mask are "
+                "outside, got None"
+            )
         for i, keep in enumerate(mask.keep):
             if type(layers[i]) is DynamicLayer:
                 layers[i] = LeanKLayer(keep, **window)
@@ -282,8 +288,8 @@ def _refuse_compiling() -> None:
     )
 
 
-def check_outside(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> None:
-    """Require that a mask keeps every channel of the layers that it does not prune."""
+def fitted(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> ChannelMask:
+    """Return the mask for a model with sliding windows in the layers `outside`, or raise."""
     if len(mask.keep) != n_layers:
         raise ValueError(f"mask: expected {n_layers} layers, got {len(mask.keep)}")
     wrong = [i for i in outside if not mask.keep[i].all()]
@@ -292,6 +298,12 @@ def check_outside(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> N
             f"mask: expected every channel in layer {wrong[0]}, whose sliding window or chunks "
             f"stay with transformers' own cache, got {mask.keep[wrong[0]].mean():.1%} of them"
         )
+    if mask.outside and mask.outside != tuple(outside):
+        raise ValueError(
+            f"mask: expected layers {list(outside)} outside, as the model has sliding windows or "
+            f"chunks there, got {list(mask.outside)}"
+        )
+    return dataclasses.replace(mask, outside=tuple(outside)) if outside else mask
 
 
 def resolve_window(

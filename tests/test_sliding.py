@@ -1,6 +1,7 @@
 """Models in which some layers have a sliding window: their cache stays transformers' own."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -43,8 +44,15 @@ def test_layers_and_bytes(model, mask):
     kinds = [type(layer) for layer in cache.layers]
     assert kinds[2:] == [DynamicSlidingWindowLayer] * 2 and cache.packed == cache.layers[:2]
     assert cache.is_sliding == [False, False, True, True]
-    ours = leank.ChannelMask(mask.keep[:2], sink=mask.sink, recent=mask.recent)
-    assert cache.memory()["total_bytes"] == ours.predict_memory([200])["total_bytes"]
+    used, ours = (
+        cache.memory(),
+        leank.ChannelMask(mask.keep[:2], sink=mask.sink, recent=mask.recent),
+    )
+    assert used["total_bytes"] == ours.predict_memory([200])["total_bytes"]
+    known = model._leank_patch.mask
+    assert known.outside == (2, 3) and known.keep.shape == mask.keep.shape
+    assert used["total_bytes"] == known.predict_memory([200])["total_bytes"]
+    assert (known.ratio, known.empty_heads) == (ours.ratio, ours.empty_heads)
 
 
 def test_mask_must_keep_their_channels(plain, mask):
@@ -58,6 +66,16 @@ def test_mask_must_keep_their_channels(plain, mask):
         leank.LeanKCache(other, config=plain.config)
     with pytest.raises(ValueError, match="mask: expected 4 layers, got 2"):
         leank.LeanKCache(leank.ChannelMask(keep[:2], sink=3, recent=5), config=plain.config)
+
+
+def test_outside_must_be_the_windows(plain, mask):
+    with pytest.raises(ValueError, match=r"mask: expected layers \[2, 3\] outside, .* got \[3\]"):
+        leank.patch(plain, dataclasses.replace(mask, outside=(3,)))
+    known = dataclasses.replace(mask, outside=(2, 3))
+    with leank.patch(plain, known) as handle:
+        assert handle.mask == known
+    with pytest.raises(ValueError, match=r"config: expected the model's because layers \[2, 3\]"):
+        leank.LeanKCache(known)
 
 
 def test_cache_made_without_the_config_is_refused(model, mask):
