@@ -26,6 +26,8 @@ BASES = ("sdpa", "eager")
 PREFIX = "leank_"
 # What a build of the extension can do; each is an argument of `decode`.
 _TERMS = {name: f"{name}=" in (_C.decode.__text_signature__ or "") for name in ("softcap", "sinks")}
+# Config entries by which logits are more than the product of hidden states and weights.
+_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,9 @@ def inspect_learnable(model: nn.Module) -> Layout:
         **{f"{term} in its attention": term in layout.terms for term in _TERMS},
         "attention outside of transformers' attention interface": not layout.interface,
         "its layers elsewhere than in model.model": not hasattr(model, "model"),
+        "logits that it scales or caps": any(
+            getattr(text_config(model), name, None) not in (None, 1.0) for name in _LOGITS
+        ),
     }
     got = [reason for reason, holds in reasons.items() if holds]
     if got:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Family:
     options: dict[str, Any]
     note: str = ""
     term: str = ""  # what `decode` has to know
+    learn: bool = True  # whether `leank.learn` takes it too
 
     def make(self, dtype: torch.dtype = torch.float32, **options: Any) -> torch.nn.Module:
         """Make a tiny random model, whose attention is not uniform."""
@@ -75,7 +77,7 @@ class Family:
     def missing(self) -> str:
         """Why the tests cannot run it with this build; empty if they can."""
         known = f"{self.term}=" in (_C.decode.__text_signature__ or "")
-        return "" if known or not self.term else f"leank._C.decode has no argument {self.term} yet"
+        return "" if known or not self.term else f"decode has no argument {self.term}"
 
 
 FAMILIES = {
@@ -100,6 +102,7 @@ FAMILIES = {
             "max_window_layers": 2,
         },
         "only the layers with full attention",
+        learn=False,
     ),
     "qwen2_moe": Family(
         "Qwen2-MoE", "Qwen2MoeConfig", _EXPERTS | {"shared_expert_intermediate_size": 32}
@@ -121,6 +124,7 @@ FAMILIES = {
         },
         "soft-capped; only the layers with full attention",
         term="softcap",
+        learn=False,
     ),
     "gemma3": Family(
         "Gemma 3 (text)",
@@ -133,9 +137,16 @@ FAMILIES = {
             "layer_types": _MIXED,
         },
         "only the layers with full attention",
+        learn=False,
     ),
     "olmo2": Family("OLMo 2", "Olmo2Config", {}),
-    "granite": Family("Granite", "GraniteConfig", {"attention_multiplier": 0.2}),
+    "granite": Family(
+        "Granite",
+        "GraniteConfig",
+        {"attention_multiplier": 0.2, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+        "scaled logits",
+        learn=False,
+    ),
     "gpt_oss": Family(
         "GPT-OSS",
         "GptOssConfig",
@@ -150,27 +161,35 @@ FAMILIES = {
         },
         "attention sinks; only the layers with full attention",
         term="sinks",
+        learn=False,
     ),
     "falcon": Family(
         "Falcon",
         "FalconConfig",
         {"multi_query": True, "new_decoder_architecture": False, "alibi": False},
         "sdpa only",
+        learn=False,
     ),
     "falcon new": Family(
         "Falcon, new decoder",
         "FalconConfig",
         {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
         "sdpa only; stores K and V of each query head, as transformers does",
+        learn=False,
     ),
-    "gpt_neox": Family("GPT-NeoX, Pythia", "GPTNeoXConfig", {}, "part of the channels rotates"),
-    "starcoder2": Family("StarCoder2", "Starcoder2Config", {"sliding_window": None}),
-    "cohere": Family("Cohere", "CohereConfig", {"logit_scale": 1.0}),
+    "gpt_neox": Family(
+        "GPT-NeoX, Pythia", "GPTNeoXConfig", {}, "part of the channels rotates", learn=False
+    ),
+    "starcoder2": Family(
+        "StarCoder2", "Starcoder2Config", {"sliding_window": None, "initializer_range": 0.05}
+    ),
+    "cohere": Family("Cohere", "CohereConfig", {"logit_scale": 0.5}, "scaled logits", learn=False),
     "gpt2": Family(
         "GPT-2",
         "GPT2Config",
         {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024},
         "positions are embedded",
+        learn=False,
     ),
 }
 
@@ -273,7 +292,7 @@ _WHY = {
     "recurrent": "Mamba layers keep a state instead of K",
     "cross": "cross-attention does not decode from a growing cache",
     "alibi": "it adds a bias to each logit",
-    "own": "they compute with K themselves, not through transformers' attention interface",
+    "own": "its attention does not go through transformers' attention interface",
     "window": "a sliding window in every layer leaves nothing to prune",
 }
 
@@ -293,19 +312,21 @@ def mask_for(layout: Layout) -> ChannelMask:
 
 def table() -> str:
     """Return what the README says about families."""
-    lines = ["| tested | class | |", "| --- | --- | --- |"]
+    lines = ["| tested | class | `leank learn` | |", "| --- | --- | --- | --- |"]
     for family in FAMILIES.values():
         cls = transformers.AutoModelForCausalLM._model_mapping[
             getattr(transformers, family.config)
         ].__name__
+        learn = "yes" if family.learn else "no"
         missing = f"**not yet**: {family.missing}"
         note = missing if family.missing else family.note
-        lines.append(f"| {family.title} | {cls} | {note} |".replace("|  |", "| |"))
+        lines.append(f"| {family.title} | {cls} | {learn} | {note} |".replace("|  |", "| |"))
     reasons = []
     for why, text in _WHY.items():
         titles = [refused.title for refused in REFUSED.values() if refused.why == why]
         reasons.append(f"{', '.join(titles)} ({text})")
-    return "\n".join(lines) + "\n\nRefused: " + "; ".join(reasons) + ".\n"
+    refused = textwrap.fill("Refused: " + "; ".join(reasons) + ".", 118)
+    return "\n".join(lines) + f"\n\n{refused}\n"
 
 
 def readme(text: str) -> str:

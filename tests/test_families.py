@@ -12,10 +12,12 @@ pytest.importorskip("transformers")
 from torch.nn import functional as F  # noqa: E402
 
 import leank  # noqa: E402
+from leank.learning.span import SpanModel  # noqa: E402
 from leank.models import inspect_structure  # noqa: E402
 
 from . import tiny_models  # noqa: E402
 from .families import FAMILIES, README, REFUSED, mask_for, readme  # noqa: E402
+from .learn_tools import make_batch  # noqa: E402
 from .tiny_models import (  # noqa: E402
     RECENT,
     SINK,
@@ -117,6 +119,29 @@ def test_unpatch_is_bit_identical(case):
         case.run(case.model, "greedy")
     assert [config._attn_implementation for config in case.layout.configs] == names
     np.testing.assert_array_equal(logits(case.run(case.model, "greedy")), logits(before))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_learning_runs_or_is_refused(name):
+    family, window = FAMILIES[name], {"sink": SINK, "recent": RECENT}
+    if not family.learn:
+        with pytest.raises(ValueError, match="model: learning a mask expects .*, got .* with "):
+            SpanModel(family.make(), **window)
+        return
+    model, batch = SpanModel(family.make(), **window), make_batch()
+    mask, shape = mask_for(model.layout), model.layout.mask_shape
+    dense = model.dense(batch)
+    out = model.mixed(batch, dense, torch.ones(shape))
+    torch.testing.assert_close(out, dense.target, rtol=0, atol=2e-4)
+    keep = torch.tensor(mask.keep)
+    out = model.mixed(batch, dense, keep.float(), ~keep.any(-1))
+    assert (out - dense.target).abs().max() > 0.01, "the mask did nothing"
+    ids = torch.cat([batch.context, batch.span], 1)[:1]
+    with torch.no_grad():
+        whole = family.make()
+        expected = whole(ids).logits
+        logits = model.logits(whole.model(ids).last_hidden_state)
+    torch.testing.assert_close(logits, expected.float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", REFUSED)
