@@ -157,7 +157,10 @@ def inspect_structure(model: nn.Module) -> Layout:
     name, base = _implementation(model)
     seen = _probe.run(model, name, set(range(_n_layers(model))) - set(outside))
     n_kv_heads, head_dim = _sizes(seen)
-    configs = (model.config, model.base_model.config, *(config for config in seen.configs))
+    # The outer config of a composite model hands its name on to parts that are none of ours.
+    text = text_config(model)
+    outer = (model.config, model.base_model.config)
+    configs = (*(c for c in outer if c is text or not c.sub_configs), text, *seen.configs)
     return Layout(
         _n_layers(model),
         n_kv_heads,
