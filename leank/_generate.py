@@ -106,7 +106,7 @@ def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         if n_columns == 0:
             raise ValueError("generate: expected a prompt of at least one token, got none")
         if patch_of(self).prefill == "dense":
-            announced = cache.layers[0].prompt_columns
+            announced = cache.packed[0].prompt_columns
             if announced not in (None, n_columns):
                 raise ValueError(
                     f"generate: expected a prompt of {announced} columns, as announced by "

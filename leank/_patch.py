@@ -20,7 +20,8 @@ from torch import nn
 
 from . import attention, shipped
 from ._generate import HOOKS, REPLACED
-from .cache import HANDLE, LeanKCache, patch_of, resolve_window
+from .cache import HANDLE, LeanKCache, fitted, patch_of, resolve_window
+from .cache_layer import LeanKLayer
 from .masks import ChannelMask
 from .models import PREFIX, Layout, inspect_model
 
@@ -77,7 +78,10 @@ class Patch:
                 "model: expected no gradient checkpointing in training mode, in which transformers "
                 "drops every cache; call model.eval() first"
             )
-        return LeanKCache(self.mask, **self.window)
+        cache = LeanKCache(self.mask, **self.window, config=self.model.config)
+        if not self.layout.interface:
+            cache.sdpa = attention.sdpa
+        return cache
 
     def _apply(self) -> None:
         attention.register()
@@ -87,14 +91,15 @@ class Patch:
             if hasattr(type(self.model), name):
                 state[name] = types.MethodType(function, self.model)
         state[HANDLE] = self
-        for config in self.layout.configs:
-            config._attn_implementation = PREFIX + self.layout.base
+        if self.layout.interface:
+            for config in self.layout.configs:
+                config._attn_implementation = PREFIX + self.layout.base
 
     def _undo(self) -> None:
         for config in self.layout.configs:
             # Someone may have chosen another implementation since; that choice stays.
             if config._attn_implementation == PREFIX + self.layout.base:
-                config._attn_implementation = self.layout.base
+                config._attn_implementation = self.layout.name
         state = self.model.__dict__
         for name in (*REPLACED, *_COMPILED, HANDLE):
             state.pop(name, None)
@@ -106,6 +111,10 @@ class Patch:
         if len(own) != len(cache):
             _refuse_cache("layers", len(own), len(cache))
         for i, (mine, given) in enumerate(zip(own.layers, cache.layers, strict=True)):
+            if type(mine) is not type(given):
+                _refuse_cache(f"layer {i}", type(mine).__name__, type(given).__name__)
+            if not isinstance(mine, LeanKLayer):
+                continue
             if mine.keep.shape != given.keep.shape:
                 _refuse_cache("mask [KV heads, head dim]", mine.keep.shape, given.keep.shape)
             if not np.array_equal(mine.keep, given.keep):
@@ -115,6 +124,7 @@ class Patch:
             for name, value in mine.window.items():
                 if value != given.window[name]:
                     _refuse_cache(name, value, given.window[name])
+        cache.sdpa = own.sdpa
 
 
 def patch(
@@ -137,8 +147,10 @@ def patch(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A Llama or Qwen2 causal language model on the CPU, in float32, bfloat16 or float16, with
-        sdpa or eager attention.
+        A causal language model on the CPU, in float32, bfloat16 or float16, that attends to stored
+        K and V; layers with a sliding window or chunks keep transformers' own cache. A model that
+        is set to flash or flex attention uses sdpa, or else eager attention, until `unpatch`. The
+        model is asked to read two tokens.
     mask : ChannelMask, path or name
         Channels to keep, [layers, KV heads, head dim]; or a mask file; or a name that
         ``leank masks`` lists.
@@ -160,10 +172,10 @@ def patch(
     Raises
     ------
     TypeError
-        The model's class was not tested, ``mask`` is no mask, or a number is not an int.
+        The model is no causal language model, ``mask`` is no mask, or a number is not an int.
     ValueError
-        The mask does not fit, the window is not known, or the model is patched already or is set up
-        in a way that is not supported.
+        The mask does not fit, the window is not known, the model is patched already, or its
+        attention is of a kind that cannot be pruned.
     RuntimeError
         This version of transformers has no place to hook into.
 
@@ -185,6 +197,7 @@ def patch(
             f"mask: expected {layout.mask_shape} [layers, kv_heads, head_dim], "
             f"got {mask.keep.shape}"
         )
+    mask = fitted(mask, layout.n_layers, layout.outside)
     window = resolve_window(mask, sink, recent, slack)
     _check_hooks(type(model))
     handle = Patch(model, mask, layout, window, prefill)

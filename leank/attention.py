@@ -3,16 +3,19 @@
 There is one name per implementation that it builds on (``leank_sdpa``, ``leank_eager``). With any
 other cache, or none, they are that implementation, bit for bit. The first call of a cache goes
 there as well: a prompt attends densely and nothing is stored yet; then its K and V are packed.
+Models that call torch's ``scaled_dot_product_attention`` themselves come in through `sdpa`.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,7 +26,7 @@ from .cache_layer import LeanKLayer, NewTokens
 from .models import BASES, PREFIX
 
 # Arguments of the interface that change the attention in a way that the packed one does not know.
-_UNKNOWN = ("softcap", "s_aux", "position_bias", "sliding_window", "cache")
+_UNKNOWN = ("position_bias", "sliding_window", "cache")
 _CHECK_ROWS = 256
 
 
@@ -45,14 +48,52 @@ def _attention(base: str, module, query, key, value, attention_mask, *args, **kw
     if not isinstance(key, NewTokens):
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
     _refuse(module, query, key, args, kwargs)
-    layer, k, v = key.layer, key.k, key.v
-    valid = _columns(key, attention_mask)
+    sinks = kwargs.get("s_aux")
+    terms = {
+        "scale": kwargs.get("scaling"),
+        "softcap": kwargs.get("softcap"),
+        "sinks": None if sinks is None else as_array(sinks.detach().float()),
+    }
+
+    def dense():
+        return forward(module, query, key.k, key.v, attention_mask, **kwargs)[0]
+
+    return _packed(query, key, attention_mask, terms, dense), None
+
+
+def sdpa(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> torch.Tensor:
+    """``scaled_dot_product_attention`` for K and V of a cache; returns [B, Hq, T, Dv]."""
+    if attn_mask is None and not is_causal and query.shape[2] > 1:
+        raise ValueError("is_causal: expected True with a LeanKCache, got False")
+    _refuse_numbers(query, key, dropout_p)
+
+    def dense():
+        options = {"dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}
+        options |= {"attn_mask": attn_mask, "scale": scale}
+        return F.scaled_dot_product_attention(query, key.k, key.v, **options).transpose(1, 2)
+
+    return _packed(query, key, attn_mask, {"scale": scale}, dense).transpose(1, 2)
+
+
+def _packed(
+    query: torch.Tensor,
+    tokens: NewTokens,
+    attention_mask: torch.Tensor | None,
+    terms: dict,
+    dense: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """Attend and store; `dense` does so for a prompt. Returns [B, T, Hq, Dv]."""
+    layer, k, v = tokens.layer, tokens.k, tokens.v
+    valid = _columns(tokens, attention_mask)
     store = layer.open(k, v)
     if layer.is_prompt_only(k.shape[2]):
-        out, _ = forward(module, query, k, v, attention_mask, **kwargs)
+        out = dense()
         store.append(as_array(k), as_array(v), valid)
     else:
-        call = (layer, valid, kwargs.get("scaling"))
+        # A build of the extension that knows no such term is not asked about it.
+        call = (layer, valid, {name: x for name, x in terms.items() if x is not None})
         needs_grad = torch.is_grad_enabled() and (
             layer.anchor is not None or query.requires_grad or k.requires_grad or v.requires_grad
         )
@@ -63,7 +104,7 @@ def _attention(base: str, module, query, key, value, attention_mask, *args, **kw
         )
     if torch.is_grad_enabled() and layer.anchor is None and (k.requires_grad or v.requires_grad):
         layer.anchor = torch.zeros((), requires_grad=True)
-    return out, None
+    return out
 
 
 _FUNCTIONS = {base: partial(_attention, base) for base in BASES}
@@ -72,13 +113,14 @@ _FUNCTIONS = {base: partial(_attention, base) for base in BASES}
 def _base_forward(base: str, module):
     if base == "eager":
         # Not in the registry: each model file has its own.
-        return sys.modules[type(module).__module__].eager_attention_forward
+        files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+        return next(x for x in (getattr(f, "eager_attention_forward", None) for f in files) if x)
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
 def _decode(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple) -> torch.Tensor:
     """Put K and V, attend, settle; returns [B, T, Hq, Dv] contiguous."""
-    layer, valid, scale = call
+    layer, valid, terms = call
     n_rows, n_heads, n_columns, _ = query.shape
     out = torch.empty(n_rows, n_columns, n_heads, v.shape[-1], dtype=query.dtype)
     _C.decode(
@@ -87,9 +129,9 @@ def _decode(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple) 
         as_array(k),
         as_array(v),
         valid=valid,
-        scale=scale,
         out=as_array(out.transpose(1, 2)),
         n_threads=torch.get_num_threads(),
+        **terms,
     )
     return out
 
@@ -121,14 +163,16 @@ def _refuse(module, query: torch.Tensor, tokens: NewTokens, args: tuple, kwargs:
         )
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache: expected True with a LeanKCache, got False")
-    if kwargs.get("dropout"):
-        raise ValueError(
-            f"dropout: expected 0 with a LeanKCache, got {kwargs['dropout']}; call model.eval()"
-        )
     if args:
         raise TypeError(
             f"attention: expected keyword arguments after the mask, got {len(args)} positional ones"
         )
+    _refuse_numbers(query, tokens, kwargs.get("dropout"))
+
+
+def _refuse_numbers(query: torch.Tensor, tokens: NewTokens, dropout: float | None) -> None:
+    if dropout:
+        raise ValueError(f"dropout: expected 0 with a LeanKCache, got {dropout}; call model.eval()")
     if query.dtype != tokens.k.dtype:
         raise ValueError(f"q: expected {tokens.k.dtype} as K has, got {query.dtype}")
 

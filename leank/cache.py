@@ -1,14 +1,17 @@
-"""The HuggingFace cache of a patched model: one packed layer cache per attention layer."""
+"""The HuggingFace cache of a patched model: one packed layer cache per full attention layer."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
 
 from .cache_layer import LeanKLayer, NewTokens, cropped
 from .masks import ChannelMask
@@ -36,13 +39,22 @@ class LeanKCache(Cache):
         The window, S0 first and W last tokens; default: the mask's own.
     slack : int
         Tokens beyond W whose dropped channels stay, so that a crop of that many changes nothing.
+    config : transformers config, optional
+        Of the model; layers to which it gives a sliding window or chunks get transformers' own
+        cache, keep every channel and are in no figure of `memory`. None: there are no such layers.
+
+    Attributes
+    ----------
+    packed : list of LeanKLayer
+        The layers that are pruned.
 
     Raises
     ------
     TypeError
         ``mask`` is no ChannelMask, or a number is not an int.
     ValueError
-        The mask knows no window and none is given, or a number is out of range.
+        The mask knows no window and none is given, or does not fit the config, or a number is out
+        of range.
 
     Examples
     --------
@@ -58,12 +70,32 @@ class LeanKCache(Cache):
         sink: int | None = None,
         recent: int | None = None,
         slack: int = 64,
+        config: PretrainedConfig | None = None,
     ) -> None:
         if not isinstance(mask, ChannelMask):
             raise TypeError(f"mask: expected a ChannelMask, got {type(mask).__name__}")
         window = resolve_window(mask, sink, recent, slack)
-        super().__init__(layers=[LeanKLayer(keep, **window) for keep in mask.keep])
+        layers = [DynamicLayer() for _ in mask.keep]
+        if config is not None:
+            layers = DynamicCache(config=config).layers
+            outside = [i for i, layer in enumerate(layers) if type(layer) is not DynamicLayer]
+            fitted(mask, len(layers), outside)
+        elif mask.outside:
+            raise ValueError(
+                f"config: expected the model's because layers {list(mask.outside)} of the mask are "
+                "outside, got None"
+            )
+        for i, keep in enumerate(mask.keep):
+            if type(layers[i]) is DynamicLayer:
+                layers[i] = LeanKLayer(keep, **window)
+        super().__init__(layers=layers)
         self.columns = None  # what leank.attention read from this forward's mask
+        self.sdpa: Callable | None = None  # for a model that does not use the attention interface
+
+    @property
+    def packed(self) -> list[LeanKLayer]:
+        """The layers that are pruned."""
+        return [layer for layer in self.layers if isinstance(layer, LeanKLayer)]
 
     def update(
         self,
@@ -90,6 +122,8 @@ class LeanKCache(Cache):
                     f"did not finish; {remedy}"
                 )
         layer = self.layers[layer_idx]
+        if not isinstance(layer, LeanKLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         tokens = NewTokens(self, layer, *layer.update(key_states, value_states))
         return tokens, tokens
 
@@ -116,7 +150,7 @@ class LeanKCache(Cache):
         n_columns = checked_int("n_columns", n_columns, 1)
         if self.get_seq_length():
             raise ValueError(f"cache: expected no column yet, got {self.get_seq_length()}")
-        for layer in self.layers:
+        for layer in self.packed:
             layer.prompt_columns = n_columns
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -140,7 +174,8 @@ class LeanKCache(Cache):
             The number is positive.
         RuntimeError
             A forward stopped half way, and layers that it reached have dropped what the others
-            still hold; the cache stays as it is, for ``reset``.
+            still hold; or a layer's sliding window has dropped what would come back. The cache
+            stays as it is, for ``reset``.
         """
         lengths = self._lengths()
         n_columns = cropped(lengths[0], tokens_to_remove)
@@ -150,11 +185,34 @@ class LeanKCache(Cache):
                 "the layers that did have dropped channels of older tokens; cache.reset() and feed "
                 "everything again"
             )
+        if n_columns and not self._can_slide_back(n_columns):
+            raise RuntimeError(
+                "LeanKCache: a layer with a sliding window has dropped the tokens that would be in "
+                "its window again; call cache.activate_past_recording() before the forward, or "
+                "cache.reset() and feed everything again"
+            )
         # An empty cache stays announced, also if it is empty since its first call did not finish.
-        announced = self.layers[0].prompt_columns if lengths[0] == 0 else None
-        for layer in self.layers:
+        announced = self.packed[0].prompt_columns if lengths[0] == 0 else None
+        for layer in self.packed:
             layer.crop_to(n_columns)
             layer.prompt_columns = layer.prompt_columns or announced
+        for layer in self._sliding():
+            if n_columns == 0:
+                layer.reset()
+            elif layer.is_initialized and (layer.record_past or layer.get_seq_length() > n_columns):
+                layer.crop(n_columns - layer.get_seq_length())
+
+    def _sliding(self) -> list:
+        return [layer for layer in self.layers if not isinstance(layer, LeanKLayer)]
+
+    def _can_slide_back(self, n_columns: int) -> bool:
+        """Whether the layers with a sliding window can go back to so many columns."""
+        return all(
+            layer.get_seq_length() in (0, n_columns)
+            or layer.record_past
+            or layer.get_seq_length() < layer.sliding_window
+            for layer in self._sliding()
+        )
 
     def _lengths(self) -> list[int]:
         """Return the numbers of columns that layers hold: one, unless a forward stopped."""
@@ -169,15 +227,19 @@ class LeanKCache(Cache):
         lengths = self._lengths()
         if lengths[0] == 0:
             return True  # all layers begin again
-        first = self.layers[0].store
-        return lengths[-1] - lengths[0] <= first.slack and all(
-            np.array_equal(layer.store.prompt_lengths, first.prompt_lengths)
-            for layer in self.layers
+        first = self.packed[0].store
+        return (
+            lengths[-1] - lengths[0] <= first.slack
+            and self._can_slide_back(lengths[0])
+            and all(
+                np.array_equal(layer.store.prompt_lengths, first.prompt_lengths)
+                for layer in self.packed
+            )
         )
 
     def memory(self) -> dict[str, int]:
         """
-        Sum the live buffers of all layers; pages that rows share count once.
+        Sum the live buffers of the pruned layers; pages that rows share count once.
 
         Returns
         -------
@@ -186,7 +248,7 @@ class LeanKCache(Cache):
             ``n_pages``, ``n_twins``.
         """
         total = dict.fromkeys(_MEMORY, 0)
-        for layer in self.layers:
+        for layer in self.packed:
             if layer.store is not None:
                 for name, value in layer.store.memory().items():
                     total[name] += value
@@ -224,6 +286,24 @@ def _refuse_compiling() -> None:
         "torch.compile: not supported with a LeanKCache, which lives outside of torch; "
         "call the model that is not compiled"
     )
+
+
+def fitted(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> ChannelMask:
+    """Return the mask for a model with sliding windows in the layers `outside`, or raise."""
+    if len(mask.keep) != n_layers:
+        raise ValueError(f"mask: expected {n_layers} layers, got {len(mask.keep)}")
+    wrong = [i for i in outside if not mask.keep[i].all()]
+    if wrong:
+        raise ValueError(
+            f"mask: expected every channel in layer {wrong[0]}, whose sliding window or chunks "
+            f"stay with transformers' own cache, got {mask.keep[wrong[0]].mean():.1%} of them"
+        )
+    if mask.outside and mask.outside != tuple(outside):
+        raise ValueError(
+            f"mask: expected layers {list(outside)} outside, as the model has sliding windows or "
+            f"chunks there, got {list(mask.outside)}"
+        )
+    return dataclasses.replace(mask, outside=tuple(outside)) if outside else mask
 
 
 def resolve_window(

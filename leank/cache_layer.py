@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from . import _C
@@ -37,10 +38,21 @@ class NewTokens:
         """Fail: only another attention function asks for what a tensor has."""
         raise RuntimeError(_UNPATCHED)
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of K, stored columns included, for models that attend by themselves."""
+        if self.cache.sdpa is None:
+            raise RuntimeError(_UNPATCHED)
+        n_rows, n_heads, n_columns, head_dim = self.k.shape
+        return torch.Size((n_rows, n_heads, self.layer.get_seq_length() + n_columns, head_dim))
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """Fail: only another attention function computes with this."""
-        raise RuntimeError(_UNPATCHED)
+        """Attend for models that do it by themselves; fail if anything else computes with this."""
+        tokens = next((x for x in args if isinstance(x, cls)), None)
+        if func is not F.scaled_dot_product_attention or tokens is None or not tokens.cache.sdpa:
+            raise RuntimeError(_UNPATCHED)
+        return tokens.cache.sdpa(*args, **(kwargs or {}))
 
 
 class LeanKLayer(CacheLayerMixin):

@@ -57,7 +57,7 @@ def _leank() -> None:
 def demo(
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME_OR_PATH", help="Llama or Qwen2 model; default: SmolLM2-135M."),
+        typer.Option(metavar="NAME_OR_PATH", help="causal language model; default: SmolLM2-135M."),
     ] = None,
     mask: Annotated[
         Path | None,

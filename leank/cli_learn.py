@@ -20,7 +20,7 @@ _MASK, _STAGES, _DATA, _RUN = "What to learn", "How", "From what", "Where and ho
 
 def learn(
     model: Annotated[
-        str, typer.Argument(metavar="NAME_OR_PATH", help="Llama or Qwen2 model.")
+        str, typer.Argument(metavar="NAME_OR_PATH", help="Causal language model.")
     ] = "smollm2",
     output: Annotated[
         Path | None,

@@ -5,12 +5,14 @@ The tensor is ``mask``, bool [N, Hkv, D], True where a channel is kept. The meta
 ==================  ==================================================================
 ``format_version``  "1"
 ``shape``           "N,Hkv,D", the tensor's shape
-``ratio``           share of the channels that is dropped; must agree with the tensor
+``ratio``           share of the channels that is dropped, in layers that are not outside; must
+                    agree with the tensor
 ``align``           every head keeps a multiple of this many channels
 ``sink``            S0, first tokens that keep all channels, or "unknown"
 ``recent``          W, last tokens that keep all channels, or "unknown"
 ``model``           the model it was made for, may be empty
 ``method``          how it was made, may be empty
+``outside``         "i,j,...", layers that LeanK does not cache; not written if there are none
 ==================  ==================================================================
 
 Other keys are ignored. `leank.ChannelMask` is the way in: its checks of widths and window are not
@@ -90,14 +92,17 @@ def _arguments(
     if meta["shape"] != _shape_text(shape):
         raise ValueError(f"metadata shape: expected {_shape_text(shape)}, got {meta['shape']}")
     # An empty tensor has no ratio; ChannelMask says what is wrong with it.
-    if keep.size and meta["ratio"] != _ratio_text(keep):
-        raise ValueError(f"metadata ratio: expected {_ratio_text(keep)}, got {meta['ratio']}")
+    outside = _layers(meta.get("outside", ""))
+    inside = np.delete(keep, [i for i in outside if i < len(keep)], axis=0)
+    if inside.size and meta["ratio"] != _ratio_text(inside):
+        raise ValueError(f"metadata ratio: expected {_ratio_text(inside)}, got {meta['ratio']}")
     return {
         "align": _integer(meta, "align"),
         "sink": None if meta["sink"] == _UNKNOWN else _integer(meta, "sink"),
         "recent": None if meta["recent"] == _UNKNOWN else _integer(meta, "recent"),
         "model": meta["model"],
         "method": meta["method"],
+        "outside": outside,
     }
 
 
@@ -107,6 +112,13 @@ def _shape_text(shape: tuple[int, ...]) -> str:
 
 def _ratio_text(keep: npt.NDArray[np.bool_]) -> str:
     return f"{1 - np.count_nonzero(keep) / keep.size:.6f}"
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    parts = text.split(",") if text else []
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"metadata outside: expected layers, as in 0,2,4, got {text!r}")
+    return tuple(int(part) for part in parts)
 
 
 def _integer(meta: dict[str, str], key: str) -> int:
@@ -123,11 +135,15 @@ def write(
         from safetensors.numpy import save
     except ModuleNotFoundError as error:
         raise _missing("safetensors", "writing a mask file") from error
+    outside = fields["outside"]
     metadata = {
         "format_version": FORMAT_VERSION,
         "shape": _shape_text(keep.shape),
-        "ratio": _ratio_text(keep),
+        "ratio": _ratio_text(np.delete(keep, outside, axis=0)),
     }
+    fields = {key: value for key, value in fields.items() if key != "outside"}
+    if outside:
+        fields["outside"] = ",".join(map(str, outside))
     for key, value in fields.items():
         metadata[key] = _UNKNOWN if value is None else str(value)
     with replacing(path) as file:

@@ -16,7 +16,7 @@ from leank.mask_files import MaskFileError
 
 __all__ = ["ChannelMask", "MaskFileError"]
 
-_FIELDS = ("sink", "recent", "align", "model", "method")  # all but the array, in order
+_FIELDS = ("sink", "recent", "align", "model", "method", "outside")  # all but the array, in order
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -37,13 +37,17 @@ class ChannelMask:
         Every head keeps a multiple of `align` channels; itself a multiple of 8.
     model, method : str
         What the mask was made for, and how.
+    outside : tuple of int
+        Layers that LeanK does not cache, since they have sliding windows: they keep every channel,
+        and count in no share and no number of bytes.
 
     Raises
     ------
     TypeError
         If `keep` is not boolean, or a number is not an int.
     ValueError
-        If a shape, a width or a window is outside its range.
+        If a shape, a width or a window is outside its range, a layer that is `outside` drops a
+        channel, or all layers are.
 
     Examples
     --------
@@ -59,6 +63,7 @@ sink 4, recent 256, align 8>
     align: int = 8
     model: str = ""
     method: str = ""
+    outside: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field and make the array read-only."""
@@ -80,6 +85,7 @@ sink 4, recent 256, align 8>
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), least)
         _check_widths(keep, self.align)
+        object.__setattr__(self, "outside", _checked_outside(self.outside, keep))
         keep = np.array(keep, order="C")
         keep.setflags(write=False)
         object.__setattr__(self, "keep", keep)
@@ -105,9 +111,14 @@ sink 4, recent 256, align 8>
         return self.keep.sum(axis=2, dtype=np.int64)
 
     @property
+    def inside(self) -> npt.NDArray[np.bool_]:
+        """Rows of the layers that LeanK caches, a new array."""
+        return np.delete(self.keep, self.outside, axis=0)
+
+    @property
     def kept_ratio(self) -> float:
         """Share of the K channels that is kept; the window does not count."""
-        return float(self.keep.mean())
+        return float(self.inside.mean())
 
     @property
     def ratio(self) -> float:
@@ -117,17 +128,18 @@ sink 4, recent 256, align 8>
     @property
     def empty_heads(self) -> float:
         """Share of the heads that keep nothing: outside the window they store no K and no V."""
-        return float((self.kept_per_head == 0).mean())
+        return float((~self.inside.any(axis=2)).mean())
 
     def __repr__(self) -> str:
         """Return one line for people."""
         name = f" {self.model}" if self.model else ""
         sink, recent = ("unknown" if n is None else n for n in (self.sink, self.recent))
+        outside = f", {len(self.outside)} layers outside" if self.outside else ""
         return (
             f"<ChannelMask{name}: {self.n_layers} layers x {self.n_heads} KV heads x "
             f"{self.head_dim} channels, {self.ratio:.1%} of K dropped, "
             f"{self.empty_heads:.1%} of heads empty, "
-            f"sink {sink}, recent {recent}, align {self.align}>"
+            f"sink {sink}, recent {recent}, align {self.align}{outside}>"
         )
 
     def __eq__(self, other: object) -> bool:
@@ -152,7 +164,7 @@ sink 4, recent 256, align 8>
         max_tokens: int | None = None,
         max_call: int = 1,
     ) -> _C.Memory:
-        """Return what a cache with this mask holds for rows of these lengths, all layers together.
+        """Return what a cache with this mask holds for rows of these lengths, its layers together.
 
         Exact for rows whose prompt is complete and that were never cropped. Weights do not count.
 
@@ -184,7 +196,7 @@ sink 4, recent 256, align 8>
         settings = dict(sink=self.sink, recent=self.recent, slack=slack, dtype=dtype)
         settings |= dict(max_tokens=max_tokens, max_call=max_call)
         total: dict[str, int] = {}
-        for keep in self.keep:
+        for keep in self.inside:
             layer = _C.predict_memory(keep, np.asarray(lengths, dtype=np.int64), **settings)
             for key, value in layer.items():
                 total[key] = total.get(key, 0) + value
@@ -203,7 +215,8 @@ sink 4, recent 256, align 8>
         """Keep the channels with the largest scores, exactly as many as `ratio` allows.
 
         Each head's channels are sorted by score and cut into blocks of `align`; over all heads, the
-        ``round(N * Hkv * D * (1 - ratio) / align)`` blocks with the largest sums are kept.
+        ``round(N * Hkv * D * (1 - ratio) / align)`` blocks with the largest sums are kept. Layers
+        that are `outside` keep everything and do not count in N.
 
         Parameters
         ----------
@@ -214,7 +227,7 @@ sink 4, recent 256, align 8>
         align : int
             Block size, a multiple of 8 that divides D.
         **fields
-            sink, recent, model and method, as in the class.
+            sink, recent, model, method and outside, as in the class.
 
         Raises
         ------
@@ -233,7 +246,11 @@ sink 4, recent 256, align 8>
         if not np.isfinite(scores).all():
             raise ValueError("alpha: expected finite values, got NaN or infinity")
         fields = {"method": "exact-budget selection from scores"} | fields
-        return cls(_C.select_channels(scores, ratio, align), align=align, **fields)
+        keep = np.ones(scores.shape, np.bool_)
+        outside = _checked_outside(fields.pop("outside", ()), keep)
+        inside = np.delete(np.arange(len(keep)), outside)
+        keep[inside] = _C.select_channels(np.ascontiguousarray(scores[inside]), ratio, align)
+        return cls(keep, align=align, outside=outside, **fields)
 
     @classmethod
     def from_pth(cls, path: str | os.PathLike[str], **fields: Any) -> ChannelMask:
@@ -310,3 +327,21 @@ def _check_widths(keep: npt.NDArray[np.bool_], align: int) -> None:
             f"keep: expected a multiple of {align} kept channels in every head, "
             f"got {widths[layer, head]} in layer {layer}, head {head}"
         )
+
+
+def _checked_outside(outside: Sequence[int], keep: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+    n_layers = len(keep)
+    for layer in outside:
+        _check_int("outside", layer, 0)
+    found = tuple(sorted(set(outside)))
+    if len(found) != len(outside) or (found and found[-1] >= n_layers) or len(found) == n_layers:
+        raise ValueError(
+            f"outside: expected numbers of some of the {n_layers} layers, got {list(outside)}"
+        )
+    for layer in found:
+        if not keep[layer].all():
+            raise ValueError(
+                f"keep: expected every channel in layer {layer}, which is outside, got "
+                f"{keep[layer].mean():.1%} of them"
+            )
+    return found

@@ -1,34 +1,66 @@
 """Which models can be patched, and what their attention layers look like.
 
-Layers are found by structure and checked against the weights; the class names only say what was
-tested.
+No class is listed: what decides is the kind of cache layer that transformers gives each layer, and
+a forward of two tokens that shows what reaches the attention function (`leank._probe`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
-from . import _C
+from . import _C, _probe
+from ._probe import layers_text
 
-# Model class: the class of its attention layers. Both must match, subclasses of the model count.
-TESTED = {"LlamaForCausalLM": "LlamaAttention", "Qwen2ForCausalLM": "Qwen2Attention"}
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 BASES = ("sdpa", "eager")
 PREFIX = "leank_"
+# What a build of the extension can do; each is an argument of `decode`.
+_TERMS = {name: f"{name}=" in (_C.decode.__text_signature__ or "") for name in ("softcap", "sinks")}
+# Config entries by which logits are more than the product of hidden states and weights.
+_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What ``patch`` needs to know about a model."""
+    """What ``patch`` needs to know about a model.
+
+    Attributes
+    ----------
+    n_layers, n_kv_heads, head_dim : int
+    base : str
+        The implementation by which a patched model attends where nothing is packed.
+    configs : tuple
+        The configs that name an implementation.
+    name : str
+        The implementation that they name; a patched model uses `base` instead of flash and flex.
+    outside : tuple of int
+        Layers with a sliding window or chunks, whose cache is the framework's.
+    terms : tuple of str
+        What changes the logits in the other layers: "softcap", "sinks".
+    interface : bool
+        Whether the model attends through transformers' attention interface; else it calls
+        ``scaled_dot_product_attention`` itself.
+    """
 
     n_layers: int
     n_kv_heads: int
     head_dim: int
     base: str
     configs: tuple
+    name: str = field(default="sdpa", kw_only=True)
+    outside: tuple[int, ...] = field(default=(), kw_only=True)
+    terms: tuple[str, ...] = field(default=(), kw_only=True)
+    interface: bool = field(default=True, kw_only=True)
 
     @property
     def mask_shape(self) -> tuple[int, int, int]:
@@ -45,26 +77,66 @@ def inspect_model(model: nn.Module) -> Layout:
     Raises
     ------
     ValueError
-        As `inspect_structure`; or a weight is not on the CPU.
+        As `inspect_structure`; or a weight is not on the CPU, or the model's attention has a term
+        that this build of the extension does not know.
     """
-    layout = inspect_structure(model)
+    _check_class(model)
     devices = sorted({str(p.device) for p in model.parameters() if p.device.type != "cpu"})
     if devices:
         raise ValueError(
             f"model: expected all weights on the CPU (this version decodes there), got {devices}"
+        )
+    layout = inspect_structure(model)
+    for term in layout.terms:
+        if not _TERMS[term]:
+            raise ValueError(
+                f"model: expected attention without {term}, which this build of leank._C does not "
+                f"know, got {type(model).__name__}"
+            )
+    return layout
+
+
+def inspect_learnable(model: nn.Module) -> Layout:
+    """
+    Check that a mask can be learned for a model, and return its layout.
+
+    Parameters and the rest of the exceptions are those of `inspect_structure`.
+
+    Raises
+    ------
+    ValueError
+        As `inspect_structure`; or the model is one that can be patched, but not yet learned for.
+    """
+    layout = inspect_structure(model)
+    reasons = {
+        f"sliding windows or chunks in {layers_text(layout.outside)}": bool(layout.outside),
+        **{f"{term} in its attention": term in layout.terms for term in _TERMS},
+        "attention outside of transformers' attention interface": not layout.interface,
+        "its layers elsewhere than in model.model": not hasattr(model, "model"),
+        "logits that it scales or caps": any(
+            getattr(text_config(model), name, None) not in (None, 1.0) for name in _LOGITS
+        ),
+    }
+    got = [reason for reason, holds in reasons.items() if holds]
+    if got:
+        raise ValueError(
+            "model: learning a mask expects full attention without further terms in every layer, "
+            f"got {type(model).__name__} with {got[0]}"
         )
     return layout
 
 
 def inspect_structure(model: nn.Module) -> Layout:
     """
-    Check that a model's attention is one that LeanK knows, wherever its weights are.
+    Check that LeanK can stand in for a model's cache, wherever its weights are.
+
+    Runs its layers once, over two tokens.
 
     Parameters
     ----------
     model : nn.Module
-        Any object; everything but a tested causal language model is refused. Its weights are not
-        read, so they may be on the device "meta".
+        Any object; everything but a causal language model of transformers is refused. Its weights
+        may be on the device "meta".
 
     Returns
     -------
@@ -74,100 +146,151 @@ def inspect_structure(model: nn.Module) -> Layout:
     Raises
     ------
     TypeError
-        The class, or the class of an attention layer, is not a tested one.
+        It is no causal language model of transformers.
     ValueError
-        The model is of a tested class, but of another dtype, compiled, with sliding windows, or
-        otherwise set up in a way that was not tested.
+        Its attention is of a kind that cannot be pruned, of another dtype, or the model is set up
+        in a way that does not work; the message says why.
     """
-    attention = _tested_attention(model)
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_causal", True):
-        raise ValueError(
-            "model: expected a causal decoder, got one with is_encoder_decoder or not is_causal"
+    _check_class(model)
+    _check_kind(model)
+    outside = _outside(model)
+    name, base = _implementation(model)
+    seen = _probe.run(model, name, set(range(_n_layers(model))) - set(outside))
+    n_kv_heads, head_dim = _sizes(seen)
+    # The outer config of a composite model hands its name on to parts that are none of ours.
+    text = text_config(model)
+    outer = (model.config, model.base_model.config)
+    configs = (*(c for c in outer if c is text or not c.sub_configs), text, *seen.configs)
+    return Layout(
+        _n_layers(model),
+        n_kv_heads,
+        head_dim,
+        base,
+        tuple({id(config): config for config in configs}.values()),
+        name=name,
+        outside=outside,
+        terms=tuple(term for term in _TERMS if term in seen.terms),
+        interface=seen.interface,
+    )
+
+
+def text_config(model: nn.Module):
+    """Return the config of the decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _n_layers(model: nn.Module) -> int:
+    return text_config(model).num_hidden_layers
+
+
+def _check_class(model: object) -> None:
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise TypeError(
+            f"model: expected a causal language model of transformers, got {type(model).__name__}"
         )
+
+
+def _check_kind(model: nn.Module) -> None:
+    """Refuse what the configs and modules say about attention that cannot be pruned."""
+    name, config = type(model).__name__, text_config(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model: expected a causal decoder, got {name}, an encoder and a decoder with "
+            "cross-attention (is_encoder_decoder)"
+        )
+    if getattr(config, "add_cross_attention", False) or getattr(
+        config, "cross_attention_layers", None
+    ):
+        raise ValueError(f"model: expected a causal decoder, got {name} with cross-attention")
+    if not getattr(config, "is_causal", True):
+        raise ValueError(f"model: expected a causal decoder, got {name} with is_causal False")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("model: expected an uncompiled model, got one after model.compile()")
-    layers = _layers(model, attention, config)
-    base = _base(layers, config)
-    head_dim, n_kv_heads = _sizes(layers[0], config)
-    if head_dim % _C.CHANNEL_STEP or head_dim > _C.MAX_HEAD_DIM:
+    if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(
-            f"model: expected a head_dim that is a multiple of {_C.CHANNEL_STEP} up to "
-            f"{_C.MAX_HEAD_DIM}, got {head_dim}"
+            f"model: expected K and V of heads in the cache, got {name} with multi-head latent "
+            "attention (MLA), which stores a latent vector and has no K channels to drop"
         )
-    for layer in layers:
-        _check_layer(layer, head_dim, n_kv_heads, layers[0].k_proj.weight.dtype)
-    configs = tuple({id(c): c for c in (config, *(layer.config for layer in layers))}.values())
-    return Layout(len(layers), n_kv_heads, head_dim, base, configs)
-
-
-def _tested_attention(model: nn.Module) -> str:
-    for cls in type(model).__mro__:
-        if cls.__name__ in TESTED and cls.__module__.startswith("transformers."):
-            return TESTED[cls.__name__]
-    raise TypeError(f"model: expected one of {', '.join(TESTED)}, got {type(model).__name__}")
-
-
-def _layers(model: nn.Module, attention: str, config) -> list[nn.Module]:
-    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "k_proj")]
-    for m in layers:
-        if type(m).__name__ != attention:
-            raise TypeError(
-                f"model: expected attention layers of class {attention}, got {type(m).__name__}"
-            )
-    found = [m.layer_idx for m in layers]
-    if found != list(range(config.num_hidden_layers)) or not found:
-        raise ValueError(
-            f"model: expected attention layers 0 to {config.num_hidden_layers - 1}, got {found}"
-        )
-    types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
-    for m, kind in zip(layers, types, strict=True):
-        if kind != "full_attention" or getattr(m, "sliding_window", None) is not None:
-            raise ValueError(
-                f"model: expected full attention in every layer, got {kind} in layer {m.layer_idx} "
-                "(sliding-window layers are not supported yet)"
-            )
-    return layers
-
-
-def _base(layers: list[nn.Module], config) -> str:
-    names = sorted(
-        {str(m.config._attn_implementation) for m in layers} | {str(config._attn_implementation)}
+    is_alibi = getattr(config, "alibi", False) or getattr(
+        getattr(config, "attn_config", None), "alibi", False
     )
+    if is_alibi or any("alibi" in attribute for attribute in dir(type(model.base_model))):
+        raise ValueError(
+            f"model: expected attention without a bias on its logits, got {name} with alibi"
+        )
+
+
+def _outside(model: nn.Module) -> tuple[int, ...]:
+    """Return the layers whose cache stays the framework's; refuse those without K of tokens."""
+    layers = DynamicCache(config=model.config).layers
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    found = {
+        "a recurrent state, as of Mamba or linear attention": LinearAttentionCacheLayerMixin,
+        "no cache of their own": DummyLayer,
+    }
+    found |= {f"the cache {type(x).__name__}": type(x) for x in layers if type(x) not in known}
+    for text, kind in found.items():
+        numbers = [i for i, layer in enumerate(layers) if isinstance(layer, kind)]
+        if numbers:
+            raise ValueError(
+                f"model: expected attention over stored K and V in every layer, got "
+                f"{type(model).__name__} with {text} in {layers_text(numbers)}"
+            )
+    outside = tuple(i for i, x in enumerate(layers) if type(x) is DynamicSlidingWindowLayer)
+    if len(outside) == len(layers):
+        raise ValueError(
+            f"model: expected a layer with full attention, got {type(model).__name__} with a "
+            "sliding window or chunks in every layer: their caches do not grow, and nothing is "
+            "left to prune"
+        )
+    return outside
+
+
+def _implementation(model: nn.Module) -> tuple[str, str]:
+    """Return the implementation that the configs name, and the one to use while patched."""
+    configs = (model.config, model.base_model.config, text_config(model))
+    names = sorted({str(config._attn_implementation) for config in configs})
     if any(name.startswith(PREFIX) for name in names):
         raise ValueError(
             "model: its config object is shared with a model that is patched already; "
             "unpatch the other one, or give this model a config of its own (copy.deepcopy) and "
             "call model.set_attn_implementation('sdpa')"
         )
-    if len(names) != 1 or names[0] not in BASES:
-        raise ValueError(
-            f"model: expected attn_implementation {' or '.join(BASES)}, got {', '.join(names)}; "
-            "call model.set_attn_implementation('sdpa') first"
+    name = names[0]
+    if len(names) == 1 and name in BASES:
+        return name, name
+    if len(names) == 1 and name.startswith(("flash_attention_", "flex_attention")):
+        return name, "sdpa" if model._supports_sdpa else "eager"
+    raise ValueError(
+        f"model: expected attn_implementation {', '.join(BASES)}, flash_attention_* or "
+        f"flex_attention, got {', '.join(names)}; call model.set_attn_implementation('sdpa') first"
+    )
+
+
+def _sizes(seen: _probe.Seen) -> tuple[int, int]:
+    """Return KV heads and head dim, which must be those of all layers."""
+    shapes = {(n_heads, head_dim, v_dim) for n_heads, head_dim, v_dim, _ in seen.shapes.values()}
+    if len(shapes) > 1:
+        got = ", ".join(
+            f"layer {i}: {heads} x {dim}" for i, (heads, dim, *_) in sorted(seen.shapes.items())
         )
-    return names[0]
-
-
-def _sizes(layer: nn.Module, config) -> tuple[int, int]:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if layer.head_dim != head_dim:
-        raise ValueError(f"model: expected head_dim {head_dim} in layer 0, got {layer.head_dim}")
-    return head_dim, config.num_key_value_heads
-
-
-def _check_layer(layer: nn.Module, head_dim: int, n_kv_heads: int, dtype: torch.dtype) -> None:
-    """Require weights of the sizes that the config claims, in a dtype that a cache can hold."""
-    n_q_heads = n_kv_heads * layer.num_key_value_groups
-    expected = {"q_proj": n_q_heads, "k_proj": n_kv_heads, "v_proj": n_kv_heads}
-    for name, n_heads in expected.items():
-        weight = getattr(layer, name).weight
-        if weight.shape[0] != n_heads * head_dim:
-            raise ValueError(
-                f"model: layer {layer.layer_idx} {name}: expected {n_heads * head_dim} rows "
-                f"for {n_heads} heads, got {weight.shape[0]}"
-            )
-        if weight.dtype not in DTYPES or weight.dtype != dtype:
-            raise ValueError(
-                f"model: layer {layer.layer_idx} {name}: expected one of "
-                f"{', '.join(DTYPES.values())}, the same in all layers, got {weight.dtype}"
-            )
+        raise ValueError(
+            f"model: expected the same KV heads x head dim in all layers with full attention, "
+            f"got {got}"
+        )
+    ((n_kv_heads, head_dim, v_dim),) = shapes
+    dtypes = {dtype for *_, dtype in seen.shapes.values()}
+    wrong = sorted(str(dtype) for dtype in dtypes if dtype not in DTYPES)
+    if wrong or len(dtypes) > 1:
+        raise ValueError(
+            f"model: expected K in one of {', '.join(DTYPES.values())}, the same in all layers, "
+            f"got {', '.join(sorted(map(str, dtypes)))}"
+        )
+    if v_dim != head_dim:
+        raise ValueError(f"model: expected V as wide as K, {head_dim}, got {v_dim}")
+    if head_dim % _C.CHANNEL_STEP or head_dim > _C.MAX_HEAD_DIM:
+        raise ValueError(
+            f"model: expected a head_dim that is a multiple of {_C.CHANNEL_STEP} up to "
+            f"{_C.MAX_HEAD_DIM}, got {head_dim}"
+        )
+    return n_kv_heads, head_dim

@@ -1,4 +1,6 @@
-"""What the tests of LeanKCache share: forwards, and a cache with a prompt in it."""
+"""What tests of patched models share: forwards, a cache with a prompt in it, traces of a patch."""
+
+import copy
 
 import torch
 
@@ -23,3 +25,18 @@ def filled(model, lengths=(40, 12, 25), seed=1):
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4)
+
+
+def traces(model):
+    """What a patch could leave behind: attributes and hooks of all modules, configs, the class."""
+    seen = {}
+    for name, module in model.named_modules():
+        seen[name] = {
+            key: (id(value), list(value) if isinstance(value, dict) else None)
+            for key, value in module.__dict__.items()
+        }
+        seen[name + " class"] = type(module)
+    seen["config"] = copy.deepcopy(model.config.__dict__)
+    seen["generation config"] = copy.deepcopy(model.generation_config.__dict__)
+    seen["class"] = {key: id(value) for key, value in vars(type(model)).items()}
+    return seen

@@ -15,6 +15,7 @@ pytest.importorskip("accelerate")
 from leank.learning import run as run_module  # noqa: E402
 from leank.learning.data import Sample, collate  # noqa: E402
 from leank.learning.evaluate import evaluate  # noqa: E402
+from leank.learning.plan import Plan  # noqa: E402
 from leank.learning.scores import second_moments  # noqa: E402
 from leank.learning.span import SpanModel, loss_of  # noqa: E402
 
@@ -111,6 +112,8 @@ def test_the_same_mask(monkeypatch, tmp_path, start):
     text = write_text(tmp_path / "text.txt")
     expected = learn(text, start=start)
     monkeypatch.setattr(run_module, "workers_for", lambda device: 0)
+    # These GPUs have kernels for the tiny model in float32.
+    monkeypatch.setattr(Plan, "check_device", lambda *args: None)
     options = {"start": start, "cache_bytes": 1 << 30}
     with placed():
         got = learn(text, model=place_model(tiny(), MAP), **options)
@@ -134,6 +137,8 @@ def test_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << (30 + device.index), 0))
     monkeypatch.setattr(cli_learn, "_device", lambda name: torch.device(FIRST))
     monkeypatch.setattr(run_module, "workers_for", lambda device: 0)
+    # These GPUs have kernels for the tiny model in float32.
+    monkeypatch.setattr(Plan, "check_device", lambda *args: None)
     monkeypatch.setattr(Source, "model", load)
     text = write_text(tmp_path / "text.txt")
     expected = learn(text)

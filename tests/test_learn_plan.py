@@ -63,7 +63,9 @@ def test_models_and_tokenizers_that_do_not_fit(text, tmp_path):
     options = OPTIONS | {"text": (text,)}
     with pytest.raises(LearnError, match="at most 97 tokens, as the model's embedding has, got 99"):
         leank.learn(tiny(), character_tokenizer(extra=2), 0.5, 8, **options)
-    with pytest.raises(LearnError, match="model: expected one of LlamaForCausalLM"):
+    with pytest.raises(
+        LearnError, match="model: expected a causal language model of transformers, got Linear"
+    ):
         learn(text, model=torch.nn.Linear(2, 2))
     short = tmp_path / "short.txt"
     short.write_text("one two three")

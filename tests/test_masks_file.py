@@ -54,6 +54,65 @@ def test_properties():
     assert "sink unknown, recent unknown" in repr(some_mask(sink=None, recent=None))
 
 
+def windows(**fields):
+    """Make a mask whose layer 0 is not LeanK's."""
+    keep = some_mask().keep.copy()
+    keep[0] = True
+    return ChannelMask(keep, **{"sink": 4, "recent": 96, "outside": (0,)} | fields)
+
+
+def test_layers_outside_count_in_no_figure(tmp_path):
+    mask, inside = windows(), dataclasses.replace(windows(), keep=windows().keep[1:], outside=())
+    assert (mask.ratio, mask.empty_heads) == (inside.ratio, inside.empty_heads) == (5 / 6, 2 / 3)
+    assert mask.predict_memory([300]) == inside.predict_memory([300])
+    assert "83.3% of K dropped" in repr(mask) and repr(mask).endswith("align 8, 1 layers outside>")
+    assert mask != dataclasses.replace(mask, outside=())
+    assert pickle.loads(pickle.dumps(mask)) == mask
+    mask.save(tmp_path / "mask.safetensors")
+    assert ChannelMask.load(tmp_path / "mask.safetensors") == mask
+    scores = np.random.default_rng(0).random((3, 2, 32))
+    chosen = ChannelMask.from_scores(scores, 0.75, 8, outside=(1,))
+    assert chosen.ratio == 0.75 and chosen.keep[1].all() and chosen.outside == (1,)
+    np.testing.assert_array_equal(
+        chosen.inside, ChannelMask.from_scores(scores[[0, 2]], 0.75, 8).keep
+    )
+
+
+@pytest.mark.parametrize(
+    ("outside", "error", "message"),
+    [
+        ((1,), ValueError, "keep: expected every channel in layer 1, which is outside, got 16.7%"),
+        ((2,), ValueError, r"outside: expected numbers of some of the 2 layers, got \[2\]"),
+        ((0, 1), ValueError, "outside: expected numbers of some of the 2 layers"),
+        ((0, 0), ValueError, "outside: expected numbers of some of the 2 layers"),
+        ((-1,), ValueError, "outside: expected at least 0, got -1"),
+        ((0.0,), TypeError, "outside: expected an int, got float"),
+    ],
+)
+def test_outside_refused(outside, error, message):
+    with pytest.raises(error, match=message):
+        windows(outside=outside)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0;1", "metadata outside: expected layers, as in 0,2,4, got '0;1'"),
+        ("9", "metadata ratio: expected 0.416667, got 0.833333"),
+        ("", "metadata ratio: expected 0.416667, got 0.833333"),
+        ("1", "metadata ratio: expected 0.000000, got 0.833333"),
+    ],
+)
+def test_outside_in_a_file_refused(tmp_path, text, message):
+    path = tmp_path / "mask.safetensors"
+    windows().save(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() | {"outside": text}
+    path.write_bytes(save({"mask": windows().keep}, metadata))
+    with pytest.raises(MaskFileError, match=message):
+        ChannelMask.load(path)
+
+
 def test_doctests():
     result = doctest.testmod(masks, extraglobs={"leank": leank})
     assert result.attempted > 3 and result.failed == 0

@@ -15,11 +15,10 @@ transformers = pytest.importorskip("transformers")
 
 import leank  # noqa: E402
 
+from .hf_tools import traces  # noqa: E402
 from .tiny_models import (  # noqa: E402
     FAMILIES,
     HKV,
-    VOCAB,
-    D,
     N,
     all_keeping,
     generate,
@@ -40,21 +39,6 @@ def _unpatched(model):
     yield
     assert "_leank_patch" not in model.__dict__
     assert model.config._attn_implementation == "sdpa"
-
-
-def traces(model):
-    """What a patch could leave behind: attributes and hooks of all modules, configs, the class."""
-    seen = {}
-    for name, module in model.named_modules():
-        seen[name] = {
-            key: (id(value), list(value) if isinstance(value, dict) else None)
-            for key, value in module.__dict__.items()
-        }
-        seen[name + " class"] = type(module)
-    seen["config"] = copy.deepcopy(model.config.__dict__)
-    seen["generation config"] = copy.deepcopy(model.generation_config.__dict__)
-    seen["class"] = {key: id(value) for key, value in vars(type(model)).items()}
-    return seen
 
 
 # ------------------------------------------------------------------------------------ no trace
@@ -191,138 +175,6 @@ def test_given_window_wins(model):
 
 
 # ------------------------------------------------------------------------------------ refusals
-
-
-def with_config(name, value):
-    model = tiny()
-    setattr(model.config, name, value)
-    return model
-
-
-def with_attribute(path, name, value):
-    model = tiny()
-    model.get_submodule(path).__dict__[name] = value
-    return model
-
-
-def gpt2():
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=VOCAB)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def subclassed_attention():
-    model = tiny()
-    layer = model.model.layers[1].self_attn
-    layer.__class__ = type("OwnAttention", (type(layer),), {})
-    return model
-
-
-def sliding():
-    options = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-    return tiny("qwen2", **options)
-
-
-def fewer_rows():
-    model = tiny()
-    layer = model.model.layers[2].self_attn
-    layer.k_proj = torch.nn.Linear(128, D)
-    return model
-
-
-REFUSED = {
-    "no model": (
-        lambda: object(),
-        TypeError,
-        "expected one of LlamaForCausalLM, Qwen2ForCausalLM, got object",
-    ),
-    "other class": (
-        gpt2,
-        TypeError,
-        "expected one of LlamaForCausalLM, Qwen2ForCausalLM, got GPT2LMHeadModel",
-    ),
-    "base model": (lambda: tiny().model, TypeError, "got LlamaModel"),
-    "other attention": (subclassed_attention, TypeError, "class LlamaAttention, got OwnAttention"),
-    "sliding": (
-        sliding,
-        ValueError,
-        "expected full attention in every layer, got sliding_attention in layer 1",
-    ),
-    "float64": (
-        lambda: tiny().double(),
-        ValueError,
-        "expected one of float32, bfloat16, float16.* got torch.float64",
-    ),
-    "mixed": (
-        lambda: with_half_layer(),
-        ValueError,
-        "layer 1 q_proj: expected one of .* got torch.float16",
-    ),
-    "no CPU": (
-        lambda: tiny().to("meta"),
-        ValueError,
-        r"expected all weights on the CPU .* got \['meta'\]",
-    ),
-    "head_dim": (
-        lambda: tiny(head_dim=12),
-        ValueError,
-        "head_dim that is a multiple of 8 up to 512, got 12",
-    ),
-    "too few rows": (
-        fewer_rows,
-        ValueError,
-        "layer 2 k_proj: expected 32 rows for 2 heads, got 16",
-    ),
-    "flash": (
-        lambda: with_config("_attn_implementation_internal", "flash_attention_2"),
-        ValueError,
-        "expected attn_implementation sdpa or eager, got flash_attention_2",
-    ),
-    "flex": (
-        lambda: with_config("_attn_implementation_internal", "flex_attention"),
-        ValueError,
-        "expected attn_implementation sdpa or eager, got flex_attention",
-    ),
-    "encoder": (
-        lambda: with_config("is_encoder_decoder", True),
-        ValueError,
-        "expected a causal decoder",
-    ),
-    "bidirectional": (
-        lambda: with_config("is_causal", False),
-        ValueError,
-        "expected a causal decoder",
-    ),
-    "missing layer": (
-        lambda: with_config("num_hidden_layers", 4),
-        ValueError,
-        "attention layers 0 to 3",
-    ),
-    "compiled": (
-        lambda: with_attribute("", "_compiled_call_impl", print),
-        ValueError,
-        "expected an uncompiled model",
-    ),
-    "own generate": (
-        lambda: with_attribute("", "generate", print),
-        ValueError,
-        "expected the methods of its class, got others for generate",
-    ),
-}
-
-
-def with_half_layer():
-    model = tiny()
-    model.model.layers[1].half()
-    return model
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_model_refused(name):
-    make, error, message = REFUSED[name]
-    model = make()
-    with pytest.raises(error, match="model: .*" + message):
-        leank.patch(model, pruned())
-    assert "_leank_patch" not in getattr(model, "__dict__", {})
 
 
 def test_arguments_refused(model):

@@ -132,10 +132,21 @@ def oracle(model, mask, prompt_columns=None, n0=None):
         _rule.clear()
 
 
-def _oracle_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    rule = _rule["mask"]
-    keep = torch.from_numpy(np.array(rule.keep[module.layer_idx]))
+def _oracle_attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs
+):
     allowed = attention_mask[:, 0] == 0
+    if sliding_window is None:
+        out = attend(module.layer_idx, query, key, value, allowed, scaling, **kwargs)
+    else:  # not ours: the mask hides what is outside of the window
+        out = _softmax(_scores(query, key, scaling), allowed, value, **kwargs)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attend(layer, query, key, value, allowed, scaling, **terms):
+    """Attend by the rule in one layer; allowed [B, T, L] is causality and padding."""
+    rule = _rule["mask"]
+    keep = torch.from_numpy(np.array(rule.keep[layer]))
     real = allowed[:, -1]
     position = real.cumsum(-1) - 1
     at = position[:, -query.shape[2] :]
@@ -146,12 +157,28 @@ def _oracle_attention(module, query, key, value, attention_mask, scaling=None, *
     distance = at[:, :, None] - position[:, None]
     in_prompt = (at < n0[:, None])[:, :, None]
     window = (position[:, None] < rule.sink) | (distance < rule.recent) | in_prompt
-    n_groups = module.num_key_value_groups
-    key, value = key.repeat_interleave(n_groups, 1), value.repeat_interleave(n_groups, 1)
-    keep = keep.repeat_interleave(n_groups, 0)
-    whole = query @ key.transpose(2, 3) * scaling
-    kept = query @ (key * keep[:, None]).transpose(2, 3) * scaling
-    kept = kept.masked_fill(~keep.any(-1)[:, None, None], -torch.inf)
-    scores = torch.where(window[:, None], whole, kept).masked_fill(~allowed[:, None], -torch.inf)
-    weights = torch.softmax(scores, -1).nan_to_num(0)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    # A query of an empty head sees the window alone.
+    n_groups = query.shape[1] // key.shape[1]
+    is_live = keep.any(-1).repeat_interleave(n_groups)
+    kept = _scores(query, key * keep[:, None], scaling)
+    scores = torch.where(window[:, None], _scores(query, key, scaling), kept)
+    allowed = allowed[:, None] & (window[:, None] | is_live[:, None, None])
+    return _softmax(scores, allowed, value, **terms)
+
+
+def _scores(query, key, scaling):
+    return query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * scaling
+
+
+def _softmax(scores, allowed, value, softcap=None, s_aux=None, **kwargs):
+    """Softmax over what is allowed, and over a sink of each head, times V: [B, Hq, T, Dv]."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if allowed.ndim == 3:
+        allowed = allowed[:, None]
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if s_aux is not None:
+        sinks = s_aux.detach()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = torch.softmax(scores, -1).nan_to_num(0)[..., : value.shape[2]]
+    return weights @ value.repeat_interleave(scores.shape[1] // value.shape[1], 1)

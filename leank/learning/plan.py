@@ -21,7 +21,7 @@ from leank.learning.budget import choose_channels
 from leank.learning.feed import DataSettings, Feed
 from leank.learning.train import Settings
 from leank.masks import ChannelMask, MaskFileError
-from leank.models import Layout, inspect_structure
+from leank.models import Layout, inspect_learnable
 
 STARTS = ("ones", "moments")
 
@@ -125,7 +125,7 @@ class Plan:
         # Where a folder is, is nobody's business but the user's.
         self.request, self.name = request, Path(name).name if os.path.isdir(name) else name
         try:
-            self.layout: Layout = inspect_structure(model)
+            self.layout: Layout = inspect_learnable(model)
             self._check_targets()
         except (TypeError, ValueError) as error:
             raise LearnError(str(error)) from error

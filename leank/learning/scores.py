@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from leank.learning.parallel import Alone, World
 from leank.learning.span import use_attention
-from leank.models import Layout, inspect_structure
+from leank.models import Layout, inspect_learnable
 
 _NAME = "leank_moments"
 
@@ -68,7 +68,7 @@ def second_moments(
     TypeError, ValueError
         As `SpanModel`; or there is no batch.
     """
-    layout: Layout = inspect_structure(model)
+    layout: Layout = inspect_learnable(model)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     moments, n_batches = _Moments(layout.mask_shape), 0
@@ -93,7 +93,8 @@ def second_moments(
 def lowest_frequencies(layout: Layout) -> npt.NDArray[np.float32]:
     """Return scores that prefer channels which rotary embedding turns slowly: float32 [N, Hkv, D].
 
-    Channel c turns with channel c + D/2, as in all models that `leank.patch` accepts.
+    Channel c turns with channel c + D/2, as in Llama, Qwen2 and most others, but not in models with
+    partial or interleaved rotary embedding.
     """
     half = layout.head_dim // 2
     scores = np.tile((np.arange(half) + 1) / half, 2).astype(np.float32)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from leank.learning.data import Batch
 from leank.learning.ops import mixed_attention
-from leank.models import Layout, inspect_structure
+from leank.models import Layout, inspect_learnable
 
 _NAME, _CHUNK_NAME = "leank_learn", "leank_learn_chunk"
 # Without cuDNN, which makes a plan for each new shape: that takes longer than the attention.
@@ -147,7 +147,7 @@ class SpanModel:
     def __init__(self, model: nn.Module, *, sink: int, recent: int, chunk: int = 8192) -> None:
         if chunk < 1:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
-        self.layout: Layout = inspect_structure(model)
+        self.layout: Layout = inspect_learnable(model)
         self.devices = _find_devices(model)
         self.device = self.devices[0]
         self.window = {"sink": sink, "recent": recent}
