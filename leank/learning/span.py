@@ -147,8 +147,8 @@ class SpanModel:
     def __init__(self, model: nn.Module, *, sink: int, recent: int, chunk: int = 8192) -> None:
         if chunk < 1:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
+        self.devices = _find_devices(model)  # before the next line, which runs the model
         self.layout: Layout = inspect_learnable(model)
-        self.devices = _find_devices(model)
         self.device = self.devices[0]
         self.window = {"sink": sink, "recent": recent}
         self.chunk = chunk
@@ -240,8 +240,10 @@ class SpanModel:
 
 def _find_devices(model: nn.Module) -> tuple[torch.device, ...]:
     """Return where the weights are, the embedding's device first."""
-    first = model.get_input_embeddings().weight.device
-    devices = dict.fromkeys([first, *(parameter.device for parameter in model.parameters())])
+    parts = [getattr(model, "get_input_embeddings", lambda: None)(), model]
+    devices = dict.fromkeys(
+        p.device for part in parts if part is not None for p in part.parameters()
+    )
     names = ", ".join(sorted(map(str, devices)))
     if torch.device("meta") in devices:
         # They would be copied to a GPU in the forward, and stay there until the backward.
