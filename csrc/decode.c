@@ -7,6 +7,8 @@
 #include "lk_internal.h"
 #include "lk_softmax.h"
 
+#include <float.h>
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -39,7 +41,8 @@ typedef struct {
     const lk_decode_args *args;
     const lk_geom *geom;
     lk_job_fn kernel;
-    int64_t heads_per_kv, n_cols, block_cols; /* R, T * R, columns of a full unit */
+    float scale_log2, softcap_log2, two_over_softcap; /* see lk_job */
+    int64_t heads_per_kv, n_cols, block_cols;         /* R, T * R, columns of a full unit */
     int64_t *position; /* [B, T] of a column's token in its row, -1 for padding */
     unit *units;
     item *items;
@@ -99,6 +102,8 @@ static lk_status check_args(const lk_decode_args *args) {
     LK_CHECK(args && args->cache && args->q && args->o, LK_E_VALUE);
     const lk_cache *cache = args->cache;
     LK_CHECK(isfinite((float)((double)args->scale * LK_LOG2_E)), LK_E_VALUE);
+    LK_CHECK(args->softcap >= 0.0f && isfinite((float)((double)args->softcap * LK_LOG2_E)),
+             LK_E_VALUE);
     LK_CHECK(args->n_q_heads > 0 && args->n_q_heads % cache->geom->n_heads == 0, LK_E_SHAPE);
     LK_CHECK(cache->n_columns > 0, LK_E_STATE);
     LK_CHECK(args->n_columns >= 1 && args->n_columns <= cache->n_columns, LK_E_SHAPE);
@@ -106,6 +111,14 @@ static lk_status check_args(const lk_decode_args *args) {
     LK_CHECK(lk_mul((size_t)args->n_q_heads, (size_t)args->n_columns, &n_cols), LK_E_SHAPE);
     LK_CHECK(n_cols <= INT64_MAX / LK_MAX_HEAD_DIM / sizeof(float), LK_E_SHAPE);
     return LK_OK;
+}
+
+/* The inverse of a tiny cap may be too large for float32; every logit but 0 is at the cap then. */
+static void find_scales(plan *p) {
+    const double scale = p->args->scale, softcap = p->args->softcap;
+    p->scale_log2 = (float)(scale * LK_LOG2_E);
+    p->softcap_log2 = (float)(softcap * LK_LOG2_E);
+    if (softcap > 0) p->two_over_softcap = (float)fmin(2 / softcap, FLT_MAX);
 }
 
 /* Tokens of a row's last T columns are its last ones, so positions count back from the length. */
@@ -250,6 +263,7 @@ static lk_status make_plan(plan *p) {
     p->position = lk_alloc(n_positions, sizeof *p->position);
     p->units = lk_alloc(n_units, sizeof *p->units);
     LK_CHECK(p->position && p->units, LK_E_NOMEM);
+    find_scales(p);
     find_positions(p);
     plan_units(p);
 
@@ -294,11 +308,19 @@ static ptrdiff_t column_offset(const plan *p, const unit *u, int32_t c, const in
     return (u->row * stride[0] + h * stride[1] + t * stride[2]) * (ptrdiff_t)p->geom->elem_bytes;
 }
 
-static void finish_unit(const plan *p, const unit *u, const float *l, const float *o) {
+static void finish_unit(const plan *p, const unit *u, float *m, float *l, float *o) {
     const lk_decode_args *args = p->args;
+    const int64_t o_stride = lk_o_stride(p->geom);
     for (int32_t c = 0; c < u->n_cols; c++) {
+        const int64_t col = u->first_col + c, t = col / p->heads_per_kv;
+        const bool is_token = p->position[u->row * args->n_columns + t] >= 0;
+        if (args->sinks && is_token) {
+            const float sink = args->sinks[u->head * p->heads_per_kv + col % p->heads_per_kv];
+            const float sink_log2 = (float)((double)sink * LK_LOG2_E);
+            lk_state_add_sink(&m[c], &l[c], o + c * o_stride, sink_log2, p->geom->v_dim);
+        }
         unsigned char *out = (unsigned char *)args->o + column_offset(p, u, c, args->o_stride);
-        lk_state_finish(l[c], o + c * lk_o_stride(p->geom), p->geom->v_dim, p->geom->dtype, out);
+        lk_state_finish(l[c], o + c * o_stride, p->geom->v_dim, p->geom->dtype, out);
     }
 }
 
@@ -318,7 +340,9 @@ static void run_item(const plan *p, const item *i, int64_t before, unsigned char
                   .page_end = i->page_end,
                   .n_cols = u->n_cols,
                   .q_is_packed = before >= 0 && p->items[before].unit == i->unit,
-                  .scale_log2 = (float)((double)args->scale * LK_LOG2_E),
+                  .scale_log2 = p->scale_log2,
+                  .softcap_log2 = p->softcap_log2,
+                  .two_over_softcap = p->two_over_softcap,
                   .m = state,
                   .l = state + p->block_cols,
                   .o = state + state_head_floats(p)};
@@ -331,7 +355,7 @@ static void run_item(const plan *p, const item *i, int64_t before, unsigned char
         job.full_lo[c] = full_lo_of(p, u->row, n0, position);
     }
     p->kernel(&job);
-    if (i->slot < 0) finish_unit(p, u, job.l, job.o);
+    if (i->slot < 0) finish_unit(p, u, job.m, job.l, job.o);
 }
 
 static void merge_unit(const plan *p, const unit *u) {
@@ -345,7 +369,7 @@ static void merge_unit(const plan *p, const unit *u) {
             lk_state_merge(&m[c], &l[c], o + c * o_stride, from[c], from[p->block_cols + c],
                            from + state_head_floats(p) + c * o_stride, p->geom->v_dim);
     }
-    finish_unit(p, u, l, o);
+    finish_unit(p, u, m, l, o);
 }
 
 static void run_plan(const plan *p) {

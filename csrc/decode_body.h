@@ -221,13 +221,14 @@ LK_INLINE bool group_logits(const lk_job *job, const lk_dtype dtype, const lk_ti
         a.n_rows = n_dropped / geom->group;
         product(dtype, &a);
     }
+    const bool capped = job->softcap_log2 > 0.0f;
     float scale[LK_GROUP_COLUMNS];
     for (int32_t c = 0; c < n_cols; c++) {
         float *mine = logits + c * LK_PAGE_TOKENS;
-        /* Most tiles are of one kind as a whole, for all columns. */
+        /* Most tiles are of one kind as a whole, for all columns; then scaling is left to the softmax. */
         const bool of_this_kind =
             view[c].window ? !view[c].middle : n_kept > 0 && logits == job->scratch.kept;
-        const bool as_it_is = of_this_kind && view[c].visible == LK_PAGE_TOKENS;
+        const bool as_it_is = of_this_kind && view[c].visible == LK_PAGE_TOKENS && !capped;
         if (!as_it_is) mask_logits(job, &view[c], job->scratch.kept + c * LK_PAGE_TOKENS, mine);
         scale[c] = as_it_is ? job->scale_log2 : 1.0f;
     }

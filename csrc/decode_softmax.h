@@ -26,18 +26,22 @@ LK_INLINE lk_view view_of(const lk_job *job, int32_t c, int64_t first) {
 
 /* ----------------------------------------------------------------------------------------------- softmax */
 
-/* Logits of one column as they count: scaled, and -inf where it sees nothing. Unused slots hold anything, NaN too.
+/* Logits of one column as they count: scaled, soft-capped if the call asks for it, and -inf where it sees nothing. Unused
+ * slots hold anything, NaN too.
  * kept: over the kept channels    logits: in over all channels (unused if the column has no window here), out */
 LK_NOINLINE void mask_logits(const lk_job *job, const lk_view *view, const float *kept,
                              float *logits) {
     const bool empty = job->geom->n_kept[job->head] == 0;
     const bool mixed = view->middle && view->window && !empty;
     const bool hide_middle = empty && view->middle_begin < view->middle_end;
+    const bool capped = job->softcap_log2 > 0.0f;
     const lk_vec scale = v_set1(job->scale_log2), hidden = v_set1(-INFINITY);
+    const lk_vec softcap = v_set1(job->softcap_log2), x_per_z = v_set1(job->two_over_softcap);
     for (int32_t t = 0; t < LK_PAGE_TOKENS; t += LK_LANES) {
         lk_vec x = v_load((view->window ? logits : kept) + t);
         if (mixed) x = v_pick(v_load(kept + t), x, t, view->middle_begin, view->middle_end);
         x = v_mul(x, scale);
+        if (capped) x = v_softcap(x, softcap, x_per_z);
         if (hide_middle) x = v_pick(hidden, x, t, view->middle_begin, view->middle_end);
         v_store(logits + t, v_pick(x, hidden, t, 0, view->visible));
     }

@@ -12,7 +12,8 @@
  *   window key   j < S0, or j >= lo and p - j < W, or j >= lo and p < n0:  scale * q . k, all D channels
  *   middle key   any other, Dk[g] > 0:                                     scale * sum over kept channels
  *   middle key   any other, Dk[g] = 0:                                     not attended at all
- * and one softmax over what is attended, times V. n0 is the row's prompt length: the prompt attends
+ * and one softmax over what is attended, times V. A call may soft-cap these logits, and may add a sink: one more logit
+ * per query head in the softmax, whose key has no value. n0 is the row's prompt length: the prompt attends
  * densely, pruning is for what comes after. lo is the first position, at or after S0, whose dropped
  * channels are still stored: it stays behind the window of the next query, unless rows were cropped.
  *
@@ -184,7 +185,10 @@ lk_status lk_predict_memory(const lk_config *config, const int64_t *lengths, int
 /* lk_decode: attention of the last T columns of the cache, by the rule at the top of this file.
  * q [B, Hq, T, D], o [B, Hq, T, Dv], both cache dtype, strides in elements, last axis contiguous.
  * The T columns were put but not yet settled, or appended and T = 1. (The last token of a prompt is attended to densely
- * only before it is settled; lo holds for it afterwards.) A logit that overflows to -inf counts as not attended.
+ * only before it is settled; lo holds for it afterwards.) A logit that is -inf counts as not attended.
+ *   softcap  0: none; > 0: logits become softcap * tanh(logit / softcap), window and middle alike (Gemma 2)
+ *   sinks    [Hq] f32: natural logits of one more key per head without a value, neither scaled nor capped (GPT-OSS); or
+ *            NULL. -inf is no sink; beside +inf nothing else counts, o is 0
  * o of a padding column is 0. f32 accumulation. Two runs agree bit for bit, whatever n_threads is.
  * n_threads <= 0: what OpenMP would use. Bytes read per row, window and short splits apart:
  * elem * L * sum over g with Dk[g] > 0 of (Dk[g] + Dv).
@@ -197,7 +201,8 @@ typedef struct {
     int64_t o_stride[3];
     int64_t n_q_heads; /* Hq, a multiple of Hkv */
     int64_t n_columns; /* T */
-    float scale;
+    float scale, softcap;
+    const float *sinks;
     int n_threads;
 } lk_decode_args;
 

@@ -199,6 +199,8 @@ typedef struct {
     int64_t end[LK_JOB_COLUMNS];   /* keys j < end are visible: p + 1, or 0 for a padding column */
     int64_t full_lo[LK_JOB_COLUMNS]; /* keys in [S0, full_lo) are middle; the others are window */
     float scale_log2;                /* scale * log2(e): logits and m are in base 2 */
+    float softcap_log2;              /* softcap * log2(e); 0: logits are not capped */
+    float two_over_softcap;          /* see v_softcap in lk_vec.h */
     lk_scratch scratch;
     float *m,
         *l;   /* out [n_cols]: largest logit (-inf if nothing was visible), sum of exp2(s - m) */

@@ -69,6 +69,15 @@ static inline void lk_state_merge(float *m, float *l, float *o, float other_m, f
     for (int32_t d = 0; d < v_dim; d++) o[d] = o[d] * factor + other_o[d] * other_factor;
 }
 
+/* Add a key that has no value to one column. -inf adds nothing, and beside +inf nothing counts. */
+static inline void lk_state_add_sink(float *m, float *l, float *o, float logit, int32_t v_dim) {
+    float shift;
+    const float factor = lk_state_raise(m, logit, &shift);
+    *l = *l * factor + (logit == shift ? 1.0f : lk_exp2(logit - shift)); /* no inf - inf */
+    if (factor == 1.0f) return;
+    for (int32_t d = 0; d < v_dim; d++) o[d] *= factor;
+}
+
 /* Divide by l and store; 0 where nothing was visible. */
 static inline void lk_state_finish(float l, const float *o, int32_t v_dim, lk_dtype dtype,
                                    void *out) {

@@ -15,6 +15,7 @@ static inline void v_store(float *p, lk_vec a) { _mm256_storeu_ps(p, a); }
 static inline lk_vec v_add(lk_vec a, lk_vec b) { return _mm256_add_ps(a, b); }
 static inline lk_vec v_sub(lk_vec a, lk_vec b) { return _mm256_sub_ps(a, b); }
 static inline lk_vec v_mul(lk_vec a, lk_vec b) { return _mm256_mul_ps(a, b); }
+static inline lk_vec v_div(lk_vec a, lk_vec b) { return _mm256_div_ps(a, b); }
 static inline lk_vec v_fma(lk_vec a, lk_vec b, lk_vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline lk_vec v_max(lk_vec a, lk_vec b) { return _mm256_max_ps(a, b); }
 static inline float v_hmax(lk_vec a) {
@@ -51,6 +52,13 @@ static inline lk_vec v_pick(lk_vec inside, lk_vec outside, int32_t first, int32_
 }
 static inline lk_vec v_zero_below(lk_vec x, float limit, lk_vec a) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_LT_OQ), a);
+}
+static inline lk_vec v_if_below(lk_vec x, float limit, lk_vec a, lk_vec b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_LT_OQ));
+}
+static inline lk_vec v_copysign(lk_vec a, lk_vec b) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return _mm256_or_ps(_mm256_andnot_ps(sign, a), _mm256_and_ps(sign, b));
 }
 static inline lk_vec v_pow2_shifted(lk_vec shifted) {
     const __m256i exponent_i32x8 = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);

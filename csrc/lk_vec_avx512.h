@@ -16,6 +16,7 @@ static inline void v_store(float *p, lk_vec a) { _mm512_storeu_ps(p, a); }
 static inline lk_vec v_add(lk_vec a, lk_vec b) { return _mm512_add_ps(a, b); }
 static inline lk_vec v_sub(lk_vec a, lk_vec b) { return _mm512_sub_ps(a, b); }
 static inline lk_vec v_mul(lk_vec a, lk_vec b) { return _mm512_mul_ps(a, b); }
+static inline lk_vec v_div(lk_vec a, lk_vec b) { return _mm512_div_ps(a, b); }
 static inline lk_vec v_fma(lk_vec a, lk_vec b, lk_vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline lk_vec v_max(lk_vec a, lk_vec b) { return _mm512_max_ps(a, b); }
 static inline float v_hmax(lk_vec a) { return _mm512_reduce_max_ps(a); }
@@ -57,6 +58,13 @@ static inline lk_vec v_pick(lk_vec inside, lk_vec outside, int32_t first, int32_
 static inline lk_vec v_zero_below(lk_vec x, float limit, lk_vec a) {
     const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ);
     return _mm512_maskz_mov_ps(keep, a);
+}
+static inline lk_vec v_if_below(lk_vec x, float limit, lk_vec a, lk_vec b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_LT_OQ), b, a);
+}
+static inline lk_vec v_copysign(lk_vec a, lk_vec b) {
+    const __m512 sign = _mm512_set1_ps(-0.0f);
+    return _mm512_or_ps(_mm512_andnot_ps(sign, a), _mm512_and_ps(sign, b));
 }
 static inline lk_vec v_pow2_shifted(lk_vec shifted) {
     const __m512i exponent_i32x16 = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);

@@ -15,6 +15,7 @@ static inline void v_store(float *p, lk_vec a) { vst1q_f32(p, a); }
 static inline lk_vec v_add(lk_vec a, lk_vec b) { return vaddq_f32(a, b); }
 static inline lk_vec v_sub(lk_vec a, lk_vec b) { return vsubq_f32(a, b); }
 static inline lk_vec v_mul(lk_vec a, lk_vec b) { return vmulq_f32(a, b); }
+static inline lk_vec v_div(lk_vec a, lk_vec b) { return vdivq_f32(a, b); }
 static inline lk_vec v_fma(lk_vec a, lk_vec b, lk_vec c) { return vfmaq_f32(c, a, b); }
 static inline lk_vec v_max(lk_vec a, lk_vec b) { return vmaxq_f32(a, b); }
 static inline float v_hmax(lk_vec a) { return vmaxvq_f32(a); }
@@ -46,6 +47,12 @@ static inline lk_vec v_pick(lk_vec inside, lk_vec outside, int32_t first, int32_
 static inline lk_vec v_zero_below(lk_vec x, float limit, lk_vec a) {
     const uint32x4_t below_u32x4 = vcltq_f32(x, vdupq_n_f32(limit));
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a), below_u32x4));
+}
+static inline lk_vec v_if_below(lk_vec x, float limit, lk_vec a, lk_vec b) {
+    return vbslq_f32(vcltq_f32(x, vdupq_n_f32(limit)), a, b);
+}
+static inline lk_vec v_copysign(lk_vec a, lk_vec b) {
+    return vbslq_f32(vdupq_n_u32(0x80000000u), b, a);
 }
 static inline lk_vec v_pow2_shifted(lk_vec shifted) {
     const uint32x4_t exponent_u32x4 = vshlq_n_u32(vreinterpretq_u32_f32(shifted), 23);

@@ -15,7 +15,9 @@ static inline void v_store(float *p, lk_vec a) { *p = a; }
 static inline lk_vec v_add(lk_vec a, lk_vec b) { return a + b; }
 static inline lk_vec v_sub(lk_vec a, lk_vec b) { return a - b; }
 static inline lk_vec v_mul(lk_vec a, lk_vec b) { return a * b; }
+static inline lk_vec v_div(lk_vec a, lk_vec b) { return a / b; }
 static inline lk_vec v_fma(lk_vec a, lk_vec b, lk_vec c) { return a * b + c; }
+/* NaN in b stays; NaN in a may or may not */
 static inline lk_vec v_max(lk_vec a, lk_vec b) { return a > b ? a : b; }
 static inline float v_hmax(lk_vec a) { return a; }
 static inline float v_hsum(lk_vec a) { return a; }
@@ -43,6 +45,14 @@ static inline lk_vec v_pick(lk_vec inside, lk_vec outside, int32_t first, int32_
 }
 /* 0 where x < limit, else a; NaN in x keeps a */
 static inline lk_vec v_zero_below(lk_vec x, float limit, lk_vec a) { return x < limit ? 0.0f : a; }
+/* a where x < limit, else b */
+static inline lk_vec v_if_below(lk_vec x, float limit, lk_vec a, lk_vec b) {
+    return x < limit ? a : b;
+}
+/* |a| with the sign of b */
+static inline lk_vec v_copysign(lk_vec a, lk_vec b) {
+    return lk_f32_from_bits((lk_f32_bits(a) & 0x7fffffffu) | (lk_f32_bits(b) & 0x80000000u));
+}
 /* 2^n from n + LK_EXP2_ROUND: the low bits of the sum become the exponent */
 static inline lk_vec v_pow2_shifted(lk_vec shifted) {
     return lk_f32_from_bits((lk_f32_bits(shifted) << 23) + 0x3f800000u);

@@ -39,37 +39,60 @@ static bool check_out(PyArrayObject *out, PyObject *const *inputs, const char *c
     return true;
 }
 
+/* The factors of the logits; what stands for None is in them already. False with an exception. */
+static bool parse_factors(PyObject *scale_arg, PyObject *softcap_arg, double *scale,
+                          double *softcap) {
+    /* Logits are in base 2 inside, so both are multiplied by log2(e), in float32. */
+    const double log2_e = 1.4426950408889634;
+    if (scale_arg != Py_None) {
+        *scale = PyFloat_AsDouble(scale_arg);
+        if (*scale == -1.0 && PyErr_Occurred()) return false;
+        if (!isfinite((float)(*scale * log2_e))) {
+            PyErr_Format(PyExc_ValueError, "scale: expected a finite number, got %R", scale_arg);
+            return false;
+        }
+    }
+    if (softcap_arg != Py_None) {
+        *softcap = PyFloat_AsDouble(softcap_arg);
+        if (*softcap == -1.0 && PyErr_Occurred()) return false;
+        const bool fits = isfinite((float)(*softcap * log2_e)) && *softcap >= 0.0;
+        if (!fits || (*softcap > 0.0 && (float)*softcap == 0.0f)) {
+            PyErr_Format(PyExc_ValueError,
+                         "softcap: expected 0 or a positive finite float32, got %R", softcap_arg);
+            return false;
+        }
+    }
+    return true;
+}
+
 PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"cache", "q", "k", "v", "valid", "scale", "out", "n_threads", NULL};
+    static char *names[] = {"cache",   "q",     "k",   "v",         "valid", "scale",
+                            "softcap", "sinks", "out", "n_threads", NULL};
     py_state *state = PyModule_GetState(module);
     PyObject *cache_arg, *q_arg, *k = Py_None, *v = Py_None, *valid = Py_None, *scale_arg = Py_None;
-    PyObject *out_arg = Py_None, *result = NULL;
+    PyObject *softcap_arg = Py_None, *sinks = Py_None, *out_arg = Py_None, *result = NULL;
     int n_threads = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|OO$OOOi:decode", names,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|OO$OOOOOi:decode", names,
                                      state->layer_cache_type, &cache_arg, &q_arg, &k, &v, &valid,
-                                     &scale_arg, &out_arg, &n_threads))
+                                     &scale_arg, &softcap_arg, &sinks, &out_arg, &n_threads))
         return NULL;
     py_layer_cache *self = (py_layer_cache *)cache_arg;
     if ((k == Py_None) != (v == Py_None))
         return PyErr_Format(PyExc_TypeError, "k, v: expected both or neither, got one");
     if (k == Py_None && valid != Py_None)
         return PyErr_Format(PyExc_TypeError, "valid: expected only together with k and v");
-    double scale = 1.0 / sqrt((double)self->config.head_dim);
-    if (scale_arg != Py_None) {
-        scale = PyFloat_AsDouble(scale_arg);
-        if (scale == -1.0 && PyErr_Occurred()) return NULL;
-        /* Logits are in base 2 inside, so it is multiplied by log2(e), in float32. */
-        if (!isfinite((float)(scale * 1.4426950408889634)))
-            return PyErr_Format(PyExc_ValueError, "scale: expected a finite number, got %R",
-                                scale_arg);
-    }
+    double scale = 1.0 / sqrt((double)self->config.head_dim), softcap = 0.0;
+    if (!parse_factors(scale_arg, softcap_arg, &scale, &softcap)) return NULL;
     if (!py_claim(self)) return NULL;
 
     const int64_t n_rows = lk_cache_n_rows(self->cache), n_heads = self->config.n_heads;
     const int type_num = py_type_num(self->config.dtype);
     PyObject *out = NULL;
     lk_span span = {0};
-    lk_decode_args call = {.cache = self->cache, .scale = (float)scale, .n_threads = n_threads};
+    lk_decode_args call = {.cache = self->cache,
+                           .scale = (float)scale,
+                           .softcap = (float)softcap,
+                           .n_threads = n_threads};
     PyArrayObject *q = py_check_array(
         q_arg, "q", type_num, 4, (int64_t[]){n_rows, PY_ANY, PY_ANY, self->config.head_dim}, false);
     if (!q) goto done;
@@ -85,6 +108,11 @@ PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (call.n_columns < 1) {
         PyErr_Format(PyExc_ValueError, "q: expected at least one column, got 0");
         goto done;
+    }
+    if (sinks != Py_None) {
+        call.sinks =
+            py_check_contiguous(sinks, "sinks", NPY_FLOAT32, 1, (int64_t[]){call.n_q_heads});
+        if (!call.sinks) goto done;
     }
     if (k != Py_None) {
         if (!py_parse_span(self, k, v, valid, call.n_columns, &span)) goto done;
@@ -105,8 +133,8 @@ PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
         out = Py_XNewRef((PyObject *)py_check_array(out_arg, "out", type_num, 4, want, true));
     }
     if (!out) goto done;
-    PyObject *const inputs[3] = {q_arg, k, v};
-    if (!check_out((PyArrayObject *)out, inputs, (const char *const[]){"q", "k", "v"}, 3))
+    PyObject *const inputs[4] = {q_arg, k, v, sinks};
+    if (!check_out((PyArrayObject *)out, inputs, (const char *const[]){"q", "k", "v", "sinks"}, 4))
         goto done;
     call.o = PyArray_DATA((PyArrayObject *)out);
     py_elem_strides((PyArrayObject *)out, 3, call.o_stride);

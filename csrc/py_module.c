@@ -75,7 +75,8 @@ static PyObject *build_info(PyObject *module, PyObject *unused) {
 /* clang-format off */
 static PyMethodDef methods[] = {
     {"decode", (PyCFunction)(void (*)(void))py_decode, METH_VARARGS | METH_KEYWORDS,
-     "decode(cache, q, k=None, v=None, *, valid=None, scale=None, out=None, n_threads=0)\n--\n\n"
+     "decode(cache, q, k=None, v=None, *, valid=None, scale=None, softcap=None, sinks=None, out=None, n_threads=0)"
+     "\n--\n\n"
      "Attend by LeanK's rule to a cache and to new tokens, which are stored.\n\n"
      "Parameters\n----------\n"
      "cache : LayerCache\n"
@@ -83,6 +84,8 @@ static PyMethodDef methods[] = {
      "k, v : arrays [B, Hkv, T, D] and [B, Hkv, T, Dv] of the new tokens; None: they are stored already (T = 1)\n"
      "valid : bool array [B, T], False where a column is padding of that row; None: all are tokens\n"
      "scale : float, 1/sqrt(D) if None\n"
+     "softcap : float; above 0, logits become softcap * tanh(logit / softcap)\n"
+     "sinks : float32 array [Hq], logits of one more key per query head that has no value; not scaled, not capped\n"
      "out : array [B, Hq, T, Dv] to write to; None: a new one\n"
      "n_threads : int, 0: what OpenMP would use\n\n"
      "Returns\n-------\n"

@@ -82,6 +82,8 @@ def decode(
     *,
     valid: npt.NDArray[np.bool_] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: npt.NDArray[np.float32] | None = None,
     out: np.ndarray | None = None,
     n_threads: int = 0,
 ) -> np.ndarray: ...

@@ -16,7 +16,22 @@ def is_window(p, j, *, sink, recent, lo, n0):
     return j < sink or (j >= lo and (p - j < recent or p < n0))
 
 
-def attend(q, k, v, positions, keep, *, sink, recent, lo, n0, scale, rounded=None):
+def attend(
+    q,
+    k,
+    v,
+    positions,
+    keep,
+    *,
+    sink,
+    recent,
+    lo,
+    n0,
+    scale,
+    softcap=None,
+    sinks=None,
+    rounded=None,
+):
     """Attend with the queries of one row.
 
     Parameters
@@ -29,6 +44,10 @@ def attend(q, k, v, positions, keep, *, sink, recent, lo, n0, scale, rounded=Non
     keep : bool array [Hkv, D]
     n0 : int or inf
         Prompt length, inf while it is not known.
+    softcap : float, optional
+        Above 0, logits become softcap * tanh(logit / softcap).
+    sinks : array [Hq], optional
+        Logits of one more key per query head that has no value; neither scaled nor capped.
     rounded : callable, optional
         Rounds the probabilities. With it, or with inputs that are not float64, this is no longer
         the truth but the plain computation in that precision.
@@ -55,12 +74,16 @@ def attend(q, k, v, positions, keep, *, sink, recent, lo, n0, scale, rounded=Non
             s[window] = k_g[window] @ q[h, t]
             s[~window] = k_g[~window][:, kept] @ q[h, t, kept]
             seen = window | kept.any()
-            if not seen.any():
-                continue
             s = s[seen] * q.dtype.type(scale)
-            a = np.exp(s - s.max())
-            total = a.sum()
-            lse[h, t] = s.max() + np.log(total)
+            if softcap:
+                s = q.dtype.type(softcap) * np.tanh(s / q.dtype.type(softcap))
+            sink_logit = q.dtype.type(-np.inf if sinks is None else sinks[h])
+            top = s.max(initial=sink_logit)
+            if top == -np.inf:
+                continue
+            a = np.exp(s - top)
+            total = a.sum() + np.exp(sink_logit - top)
+            lse[h, t] = top + np.log(total)
             a /= total
             o[h, t] = (a if rounded is None else rounded(a)) @ v[g, : p + 1][seen]
     return o, lse

@@ -55,6 +55,7 @@ def read_only(x):
 
 
 ONES = good()
+SINKS = np.zeros(HQ, np.float32)
 OUT = np.zeros((B, HQ, 2, DV), np.float32)
 REFUSED = [
     (TypeError, r"q: expected a NumPy array, got list", {"q": ONES["q"].tolist()}),
@@ -90,6 +91,28 @@ REFUSED = [
     (ValueError, r"scale: expected", {"scale": 3e38}),
     (ValueError, r"scale: expected", {"scale": -3e38}),
     (TypeError, r"real number", {"scale": "1"}),
+    (ValueError, r"softcap: expected 0 or a positive finite .*, got -1.0", {"softcap": -1.0}),
+    (ValueError, r"softcap: expected .*, got nan", {"softcap": float("nan")}),
+    (ValueError, r"softcap: expected .*, got inf", {"softcap": float("inf")}),
+    (ValueError, r"softcap: expected .*, got -inf", {"softcap": -float("inf")}),
+    (ValueError, r"softcap: expected .*, got 1e\+39", {"softcap": 1e39}),
+    (ValueError, r"softcap: expected .*, got 1e-60", {"softcap": 1e-60}),
+    (TypeError, r"real number", {"softcap": "1"}),
+    (TypeError, r"sinks: expected a NumPy array, got list", {"sinks": SINKS.tolist()}),
+    (TypeError, r"sinks: expected dtype float32, got float64", {"sinks": SINKS.astype(float)}),
+    (ValueError, r"sinks: expected \(6,\), got \(3,\)", {"sinks": SINKS[:3]}),
+    (ValueError, r"sinks: expected \(6,\), got \(6, 1\)", {"sinks": SINKS[:, None]}),
+    (
+        ValueError,
+        r"sinks: expected \(6,\), got \(\)",
+        {"sinks": SINKS.sum(keepdims=True)[0:1].reshape(())},
+    ),
+    (
+        ValueError,
+        r"sinks: expected .*contiguous.*, got",
+        {"sinks": np.zeros(2 * HQ, np.float32)[::2]},
+    ),
+    (ValueError, r"sinks: expected .*aligned.*, got", {"sinks": misaligned(SINKS)}),
     (TypeError, r"k, v: expected both or neither, got one", {"v": None}),
     (TypeError, r"valid: expected only .* k and v", {"k": None, "v": None, "valid": OUT}),
     (ValueError, r"q: expected one column .*, got 2 columns", {"k": None, "v": None}),
@@ -127,15 +150,16 @@ def test_large_scale_does_not_become_infinite(cache):
         decode(cache, **good(), scale=1e300)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
 def test_out_may_not_share_memory_with_inputs(cache, name):
     """Inputs are read while out is written: one element in common is too much."""
-    arguments, buffer, at = good(), np.ones(2000, np.float32), 700
+    arguments, buffer, at = good() | {"sinks": np.ones_like(SINKS)}, np.ones(2000, np.float32), 700
     shape = arguments[name].shape
     n_input, n_out = arguments[name].size, OUT.size
     given = buffer[at : at + n_input].reshape(shape)
     before = snapshot(cache)
-    for view in (given, given[::-1, ::-1, ::-1]):
+    backwards = given if name == "sinks" else given[::-1, ::-1, ::-1]
+    for view in (given, backwards):
         for begin in (at, at + 1, at - n_out + 1, at + n_input - 1):
             out = buffer[begin : begin + n_out].reshape(OUT.shape)
             with pytest.raises(ValueError, match=f"out: expected .*, got some that {name} uses"):
@@ -185,16 +209,18 @@ def test_half_dtypes_do_not_mix(rng):
 
 
 def test_references_are_balanced(cache):
-    arrays = [*good().values(), OUT, np.ones((B, 2), bool), np.arange(B)]
-    q, k, v, out, valid, rows = arrays
+    arrays = [*good().values(), OUT, np.ones((B, 2), bool), np.arange(B), SINKS]
+    q, k, v, out, valid, rows, sinks = arrays
 
     def use():
         cache.append(k, v, valid)
-        decode(cache, q, k, v, valid=valid, out=out)
+        decode(cache, q, k, v, valid=valid, sinks=sinks, softcap=2.0, out=out)
         cache.select(rows)
         for _ in range(2):
             with pytest.raises(ValueError):
                 decode(cache, q, k, v[:1], out=out)
+            with pytest.raises(ValueError):
+                decode(cache, q, k, v, sinks=sinks[:1])
             with pytest.raises(ValueError):
                 cache.select(rows[:0])
 

@@ -80,6 +80,8 @@ static void check_decode(const lk_cache *cache, const naive_cache *naive, int64_
     const int64_t B = naive->n_rows, Hq = n_q_heads, R = Hq / config->n_heads, T = n_columns;
     const int64_t D = config->head_dim, Dv = config->v_dim, n_out = B * Hq * T * Dv;
     void *q = random_array(config->dtype, B * Hq * T * D);
+    const double softcap = (const double[]){0, 0.5, 4, 30}[random_below(4)];
+    float *sinks = random_below(2) ? random_array(LK_F32, Hq) : NULL;
     double *truth = calloc((size_t)n_out, sizeof *truth), q_row[LK_MAX_HEAD_DIM];
     CHECK(truth != NULL);
     for (int64_t b = 0; b < B; b++) {
@@ -90,7 +92,8 @@ static void check_decode(const lk_cache *cache, const naive_cache *naive, int64_
             for (int64_t h = 0; h < Hq; h++) {
                 const int64_t at = (b * Hq + h) * T + t;
                 for (int64_t c = 0; c < D; c++) q_row[c] = value_at(config->dtype, q, at * D + c);
-                naive_attend(naive, b, position, h / R, q_row, 1 / sqrt((double)D),
+                const double sink = sinks ? sinks[h] : -INFINITY;
+                naive_attend(naive, b, position, h / R, q_row, 1 / sqrt((double)D), softcap, sink,
                              truth + at * Dv);
             }
         }
@@ -114,6 +117,8 @@ static void check_decode(const lk_cache *cache, const naive_cache *naive, int64_
                 .n_q_heads = Hq,
                 .n_columns = T,
                 .scale = (float)(1 / sqrt((double)D)),
+                .softcap = (float)softcap,
+                .sinks = sinks,
                 .n_threads = n_threads,
             };
             CHECK_OK(lk_decode(&args));
@@ -134,6 +139,7 @@ static void check_decode(const lk_cache *cache, const naive_cache *naive, int64_
     }
     CHECK_OK(lk_isa_force(before));
     free(q);
+    free(sinks);
     free(truth);
 }
 
@@ -310,6 +316,14 @@ static void test_errors(const lk_config *config) {
     lk_span span = random_span(config, 1, 2, NULL);
     CHECK_OK(lk_cache_append(cache, &span));
     CHECK(lk_cache_expect_prompt(cache, 5) == LK_E_STATE);
+    lk_decode_args args = {
+        .cache = cache, .q = span.k, .o = (void *)span.v, .n_q_heads = 4, .n_columns = 2};
+    const float bad[] = {-1, -INFINITY, INFINITY, NAN, 3e38f};
+    for (int i = 0; i < 5; i++) {
+        args.softcap = bad[i];
+        CHECK(lk_decode(&args) == LK_E_VALUE && lk_attend(cache, &span, &args) == LK_E_VALUE);
+        CHECK(lk_cache_n_columns(cache) == 2 && lk_cache_length(cache, 0) == 2);
+    }
     free_span(&span);
     lk_cache_free(cache);
     lk_cache_free(NULL);
@@ -365,6 +379,12 @@ static int64_t read_int(FILE *file) {
     return value;
 }
 
+static double read_double(FILE *file) {
+    double value;
+    read_into(file, &value, sizeof value);
+    return value;
+}
+
 static void *read_array(FILE *file, int64_t n, size_t item_bytes) {
     void *data = malloc((size_t)n * item_bytes + 1);
     CHECK(data != NULL);
@@ -385,7 +405,9 @@ static double run_case(FILE *file) {
     config.recent = read_int(file);
     config.slack = read_int(file);
     const int64_t n_calls = read_int(file);
+    const double softcap = read_double(file);
     uint8_t *keep = read_array(file, Hkv * D, 1);
+    float *sinks = read_array(file, Hq, sizeof *sinks);
     config.keep = keep;
     lk_cache *cache;
     CHECK_OK(lk_cache_create(&config, B, &cache));
@@ -416,6 +438,8 @@ static double run_case(FILE *file) {
             .n_q_heads = Hq,
             .n_columns = T,
             .scale = (float)(1 / sqrt((double)D)),
+            .softcap = (float)softcap,
+            .sinks = sinks,
             .n_threads = 1,
         };
         CHECK_OK(lk_cache_put(cache, &span));
@@ -430,7 +454,7 @@ static double run_case(FILE *file) {
         free(valid), free(k), free(v), free(q), free(truth), free(budget), free(o);
     }
     lk_cache_free(cache);
-    free(keep);
+    free(keep), free(sinks);
     return worst;
 }
 

@@ -16,13 +16,16 @@ from .reference import History, is_window
 
 # A case: sizes, window, and steps. A step is ("append" or "decode", tokens of each row), columns
 # padded on the left; ("crop", columns); ("select", rows); ("copy",) keeps a copy alive from there
-# on, so that later writes hit shared pages; ("expect_prompt", columns).
+# on, so that later writes hit shared pages; ("expect_prompt", columns). sinks: draw some, with this
+# standard deviation.
 DEFAULT = {
     "D": 64,
     "Dv": None,
     "widths": (0, 8, 24, 64),
     "R": 2,
     "window": (10, 40, 20),
+    "softcap": None,
+    "sinks": None,
     "steps": (("append", (200, 70)), ("decode", (1, 1)), ("decode", (2, 2))),
 }
 MIXED = (("append", (300, 65)), ("decode", (1, 1)), ("decode", (5, 2)))
@@ -115,13 +118,40 @@ for window in [
     }
 
 
+CAPPED = {
+    "strong": {"softcap": 1.5},
+    "gemma": {"softcap": 50.0, "window": (33, 30, 5)},
+    "sinks": {"sinks": 3.0},
+    "sinks_R8": {"sinks": 3.0, "R": 8, "widths": (24,)},
+    "both": {"softcap": 2.0, "sinks": 3.0, "R": 3},
+    "both_all_empty": {"softcap": 2.0, "sinks": 3.0, "widths": (0, 0)},
+    "both_ragged": {"softcap": 3.0, "sinks": 2.0, **CASES["ragged"]},
+    "both_T17": {"softcap": 1.5, "sinks": 1.0, **CASES["T17"]},
+    "both_T200": {"softcap": 4.0, "sinks": 2.0, **CASES["T200"]},
+    "both_in_parts": {"softcap": 5.0, "sinks": 5.0, **CASES["long"]},
+}
+CASES |= {f"cap_{name}": {"steps": MIXED} | case for name, case in CAPPED.items()}
+
+
+def options_of(case, keep):
+    """Return softcap and sinks of every call of a case."""
+    options = {"softcap": case["softcap"]}
+    if case["sinks"]:
+        own = np.random.default_rng(7)  # the steps draw the same with sinks and without
+        n_q_heads = len(keep) * case["R"]
+        options["sinks"] = own.normal(0, case["sinks"], n_q_heads).astype(np.float32)
+    return options
+
+
 def run_steps(case, caches, seed, dtype):
     """Run the steps on each cache and a history; yield (cache outputs, truths, plains) of decodes.
 
     Everything is drawn in the same order whatever `caches` is, so that truths can be kept.
     """
     rng = np.random.default_rng(seed)
+    case = DEFAULT | case
     keep = random_keep(rng, case["D"], case["widths"])
+    options = options_of(case, keep)
     v_dim = case["Dv"] or case["D"]
     window = dict(zip(("sink", "recent", "slack"), case["window"], strict=True))
     n_rows = next(len(step[1]) for step in case["steps"] if step[0] in ("append", "decode"))
@@ -146,10 +176,10 @@ def run_steps(case, caches, seed, dtype):
         history.put(k, v, valid)
         if op == "decode":
             yield (
-                decode(cache, q, k, v, valid=valid) if caches else None,
+                decode(cache, q, k, v, valid=valid, **options) if caches else None,
                 None
                 if caches
-                else [expected(history, b, q[b], keep, dtype) for b in range(shape[0])],
+                else [expected(history, b, q[b], keep, dtype, **options) for b in range(shape[0])],
             )
         elif caches:
             cache.append(k, v, valid)
@@ -160,7 +190,7 @@ def run_steps(case, caches, seed, dtype):
                 np.testing.assert_array_equal(widen(got, dtype), widen(told, dtype))
 
 
-def expected(history, b, q, keep, dtype):
+def expected(history, b, q, keep, dtype, *, scale=None, **options):
     """Truth and plain result of row b for the last columns."""
     row = history.rows[b]
     positions = history.positions(b, q.shape[1])
@@ -168,20 +198,20 @@ def expected(history, b, q, keep, dtype):
         return None
     k, v = (np.stack(x, axis=1) for x in (row.k, row.v))
     rule = {"sink": history.sink, "recent": history.recent, "lo": row.lo, "n0": row.n0}
-    scale = q.shape[-1] ** -0.5
-    return truth_and_plain(q, k, v, positions, keep, dtype, scale=scale, **rule)
+    scale = scale or q.shape[-1] ** -0.5
+    return truth_and_plain(q, k, v, positions, keep, dtype, scale=scale, **rule, **options)
 
 
 @functools.cache
 def expected_steps(name, dtype):
     """Return the truths of a case once for all instruction sets."""
-    return [truths for _, truths in run_steps(DEFAULT | CASES[name], False, len(name), dtype)]
+    return [truths for _, truths in run_steps(CASES[name], False, len(name), dtype)]
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_equals_rule(name, dtype, isa):
-    outputs = [o for o, _ in run_steps(DEFAULT | CASES[name], True, len(name), dtype)]
+    outputs = [o for o, _ in run_steps(CASES[name], True, len(name), dtype)]
     for i, (o, truths) in enumerate(zip(outputs, expected_steps(name, dtype), strict=True)):
         for b, truth in enumerate(truths):
             label = f"decode {i} row {b}"
@@ -221,6 +251,8 @@ def cases(draw):
         "widths": draw(widths, "widths"),
         "R": draw(st.integers(1, 9), "R"),
         "window": draw(st.tuples(st.integers(0, 130), st.integers(1, 130), st.integers(0, 70))),
+        "softcap": draw(st.sampled_from((None, 0.5, 2.0, 30.0)), "softcap"),
+        "sinks": draw(st.sampled_from((None, 3.0)), "sinks"),
         "steps": (
             ("append", draw(st.tuples(*[st.integers(0, 300)] * n_rows).filter(any))),
             *draw(st.lists(st.tuples(st.sampled_from(["append", "decode"]), some), max_size=2)),
@@ -251,28 +283,36 @@ def test_decode_of_random_shapes(case, dtype, seed):
 
 # -------------------------------------------------------------------------------- same, bit for bit
 
+CAP_AND_SINKS = {"softcap": 2.0, "sinks": np.linspace(-2, 3, 8, dtype=np.float32)}
+with_and_without = pytest.mark.parametrize("options", [{}, CAP_AND_SINKS], ids=["plain", "capped"])
 
+
+@with_and_without
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_and_repetition_do_not_matter(rng, dtype, isa):
-    cache, q, k, v = fresh(rng, dtype, lengths=(5000, 70))
-    first = decode(cache.copy(), q, k, v, n_threads=1)
+def test_threads_and_repetition_do_not_matter(rng, dtype, options, isa):
+    cache, *new = fresh(rng, dtype, lengths=(5000, 70))
+    first = decode(cache.copy(), *new, n_threads=1, **options)
     for n_threads in (1, 2, 3, 7, 0):
-        np.testing.assert_array_equal(decode(cache.copy(), q, k, v, n_threads=n_threads), first)
-    q, k, v = (np.repeat(x, 90, axis=2) for x in (q, k, v))
-    first = decode(cache.copy(), q, k, v, n_threads=1)
+        again = decode(cache.copy(), *new, n_threads=n_threads, **options)
+        np.testing.assert_array_equal(again, first)
+    new = [np.repeat(x, 90, axis=2) for x in new]
+    first = decode(cache.copy(), *new, n_threads=1, **options)
     for n_threads in (2, 5):
-        np.testing.assert_array_equal(decode(cache.copy(), q, k, v, n_threads=n_threads), first)
+        again = decode(cache.copy(), *new, n_threads=n_threads, **options)
+        np.testing.assert_array_equal(again, first)
 
 
+@with_and_without
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_of_a_batch_equals_the_row_alone(rng, dtype, isa):
+def test_a_row_of_a_batch_equals_the_row_alone(rng, dtype, options, isa):
     cache, q, k, v = fresh(rng, dtype, n_rows=3, lengths=(500, 3, 120))
-    together = decode(cache.copy(), q, k, v)
+    together = decode(cache.copy(), q, k, v, **options)
     for b in range(3):
         alone = cache.copy()
         alone.select(np.array([b]))
         one = slice(b, b + 1)
-        np.testing.assert_array_equal(decode(alone, q[one], k[one], v[one]), together[one])
+        one_alone = decode(alone, q[one], k[one], v[one], **options)
+        np.testing.assert_array_equal(one_alone, together[one])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -370,6 +410,83 @@ def test_scale(rng, isa):
     np.testing.assert_allclose(flat[0, 6, 0], mean, atol=1e-6)
 
 
+@pytest.mark.parametrize("softcap", [20.0, 1000.0, 1e6, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcap_and_sinks_of_extreme_logits(rng, dtype, softcap, isa):
+    """Logits up to 1e4 that float32 holds exactly: the cap decides which of them still differ."""
+    keep = random_keep(rng, 64, (0, 8, 64))
+    window = {"sink": 3, "recent": 30, "slack": 0}
+    cache, history = (
+        LayerCache(keep, n_rows=1, dtype=dtype, **window),
+        History(1, page=64, **window),
+    )
+    few = [encode(rng.integers(-1, 2, (1, 3, 150, 64)), dtype) for _ in "kv"]
+    valid = np.ones((1, 150), bool)
+    cache.append(*few, valid)
+    history.put(*few, valid)
+    history.settle()
+    for T in (1, 3):
+        q = encode(rng.integers(-1, 2, (1, 6, T, 64)), dtype)
+        k, v = encode(rng.integers(-1, 2, (1, 3, T, 64)), dtype), draw(rng, dtype, 1, 3, T, 64)
+        options = {"scale": 512.0, "softcap": softcap}
+        options["sinks"] = np.array([-np.inf, -1e4, 0, 19, 999, 2e4], np.float32)
+        valid = np.ones((1, T), bool)
+        history.put(k, v, valid)
+        o = widen(decode(cache, q, k, v, **options), dtype)
+        truth, plain = expected(history, 0, q[0], keep, dtype, **options)
+        assert_within_budget(o[0], truth, plain, dtype, f"T {T}")
+        if softcap in (20.0, 1000.0):  # the last sink is above all that is capped
+            assert not o[:, 5].any()
+        history.settle()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks_and_caps_at_the_ends_of_their_ranges(rng, dtype, isa):
+    cache, q, k, v = fresh(rng, dtype)
+
+    def run(**options):
+        return widen(decode(cache.copy(), q, k, v, **options), dtype)
+
+    plain, mean = run(), run(scale=0.0)
+    np.testing.assert_array_equal(run(softcap=0.0), plain)
+    np.testing.assert_array_equal(run(sinks=np.full(8, -np.inf, np.float32)), plain)
+    np.testing.assert_array_equal(run(sinks=np.full(8, -1e4, np.float32)), plain)
+    for huge in (1e4, 3e38, np.inf):
+        assert not run(sinks=np.full(8, huge, np.float32)).any()
+        assert not run(sinks=np.full(8, huge, np.float32), softcap=1.0).any()
+    one = np.full(8, -np.inf, np.float32)
+    one[3] = np.inf
+    o = run(sinks=one)
+    assert not o[:, 3].any()
+    np.testing.assert_array_equal(np.delete(o, 3, 1), np.delete(plain, 3, 1))
+    one[3] = np.nan
+    o = np.isnan(run(sinks=one))
+    assert o[:, 3].all() and not np.delete(o, 3, 1).any()
+    # A large cap changes nothing, a tiny one makes all logits alike.
+    close = {"rtol": 0, "atol": 2e-6 if dtype == "float32" else 0.02}
+    for softcap in (1e6, 1e30, 2e38):
+        np.testing.assert_allclose(run(softcap=softcap), plain, **close)
+    for softcap in (1e-6, 1e-38, 1e-44):
+        np.testing.assert_allclose(run(softcap=softcap), mean, **close)
+
+
+@pytest.mark.parametrize("sink", [None, -3.0, 2.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_the_sink_is_attended(dtype, sink, isa):
+    """Logits of -inf are not attended: the result is 0 and no NaN; a cap makes them finite."""
+    cache = LayerCache(np.ones((1, 64), bool), n_rows=2, dtype=dtype, sink=0, recent=4)
+    q, k, v = (encode(np.full((2, 1, 1, 64), x), dtype) for x in (6e4, -6e4, 1.5))
+    valid = np.array([[True], [False]])
+    sinks = None if sink is None else np.array([sink], np.float32)
+    o = widen(decode(cache.copy(), q, k, v, valid=valid, scale=1e38, sinks=sinks), dtype)
+    assert not o.any()
+    o = widen(decode(cache, q, k, v, valid=valid, scale=1e38, sinks=sinks, softcap=2.0), dtype)
+    # The logit is -2, at the cap.
+    share = 1.0 if sink is None else 1 / (1 + np.exp(sink + 2))
+    np.testing.assert_allclose(o[0], 1.5 * share, rtol=1e-6 if dtype == "float32" else 0.01)
+    assert not o[1].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_huge_logits_do_not_overflow(rng, dtype, isa):
     """One key takes all, far beyond what exp can hold."""
@@ -380,13 +497,14 @@ def test_huge_logits_do_not_overflow(rng, dtype, isa):
     assert np.abs(o).max() < 10
 
 
+@with_and_without
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_stays_where_it_belongs(rng, dtype, isa):
+def test_nan_stays_where_it_belongs(rng, dtype, options, isa):
     """NaN in K of one head and row shows there, whole, and nowhere else."""
     cache, q, k, v = fresh(rng, dtype)
     k = k.copy()
     k[1, 2, 0, 5] = encode(np.nan, dtype)
-    o = np.isnan(widen(decode(cache, q, k, v), dtype))
+    o = np.isnan(widen(decode(cache, q, k, v, **options), dtype))
     assert o[1, 4:6].all()
     o[1, 4:6] = False
     assert not o.any()

@@ -62,6 +62,10 @@ class Pruned:
     def window(self) -> dict[str, int]:
         return {"sink": self.args.sink, "recent": self.args.recent, "slack": SLACK}
 
+    @property
+    def options(self) -> dict[str, float]:
+        return {"n_threads": self.args.threads, "softcap": self.args.softcap}
+
     def check(self) -> float:
         """Raise if a decode is outside the error budget; return the largest error.
 
@@ -72,7 +76,7 @@ class Pruned:
             if set(kept[i]) <= seen:
                 continue
             seen |= set(kept[i])
-            out = leank.decode(self.caches[i], self.q, n_threads=self.args.threads)
+            out = leank.decode(self.caches[i], self.q, **self.options)
             truth, plain = compare.truth_and_plain(
                 self.q[0],
                 self.k[0],
@@ -85,6 +89,7 @@ class Pruned:
                 lo=self.args.sink,
                 n0=0,
                 scale=1 / math.sqrt(layer.shape[1]),
+                softcap=self.args.softcap,
             )
             got = compare.decode(out[0], self.dtype)
             compare.assert_within_budget(got, truth, plain, self.dtype, f"layer {i}")
@@ -110,8 +115,8 @@ class Pruned:
 
     def decode(self, i: int) -> float:
         """Attend to what is stored."""
-        n = self.args.threads
-        return self._walk(i, lambda cache: leank.decode(cache, self.q, out=self.out, n_threads=n))
+        options = self.options
+        return self._walk(i, lambda cache: leank.decode(cache, self.q, out=self.out, **options))
 
     def append(self, i: int) -> float:
         """Store one token; the caches grow by one in each round."""
@@ -217,6 +222,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only the first LAYERS layers of the mask")
     parser.add_argument("--sink", type=int, default=128)
     parser.add_argument("--recent", type=int, default=896)
+    parser.add_argument("--softcap", type=float, default=0.0, help="of decode; the peers have none")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)

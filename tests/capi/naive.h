@@ -189,26 +189,29 @@ static void naive_crop(naive_cache *cache, int64_t n_columns) {
 
 /* ---------------------------------------------------------------------------------------- attention */
 
-/* o [Dv] for one query of KV head g at position p. */
+/* o [Dv] for one query of KV head g at position p. softcap 0: none; sink -inf: none. */
 static void naive_attend(const naive_cache *cache, int64_t b, int64_t p, int64_t g, const double *q,
-                         double scale, double *o) {
+                         double scale, double softcap, double sink, double *o) {
     const lk_config *config = &cache->config;
     const naive_row *row = &cache->row[b];
     const int64_t Hkv = config->n_heads, D = config->head_dim, Dv = config->v_dim;
     const uint8_t *keep = config->keep + g * D;
     bool any_kept = false;
     for (int64_t c = 0; c < D; c++) any_kept = any_kept || keep[c];
-    double *s = malloc((size_t)(p + 1) * sizeof *s), top = -INFINITY, total = 0;
+    double *s = malloc((size_t)(p + 1) * sizeof *s), top = sink, total = 0;
     CHECK(s != NULL);
     for (int64_t j = 0; j <= p; j++) {
         const bool window =
             j < config->sink ||
             (j >= row->lo && (p - j < config->recent || row->n0 < 0 || p < row->n0));
-        s[j] = window || any_kept ? 0 : -INFINITY;
+        s[j] = 0;
         for (int64_t c = 0; c < D; c++)
             if (window || keep[c]) s[j] += scale * q[c] * row->k[(j * Hkv + g) * D + c];
+        if (softcap > 0) s[j] = softcap * tanh(s[j] / softcap);
+        if (!window && !any_kept) s[j] = -INFINITY;
         if (s[j] > top) top = s[j];
     }
+    if (sink > -INFINITY) total = exp(sink - top);
     for (int64_t d = 0; d < Dv; d++) o[d] = 0;
     for (int64_t j = 0; j <= p; j++) {
         const double a = s[j] > -INFINITY ? exp(s[j] - top) : 0;

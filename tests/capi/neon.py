@@ -38,8 +38,11 @@ def write_ints(file, *values):
     file.write(np.array(values, "<i8").tobytes())
 
 
-def write_case(file, rng, dtype, *, width, n_rep, head_dim, v_dim, sink, recent):
-    """One cache of two rows, the second shorter: a prompt, then calls of 1 and of 17 columns."""
+def write_case(file, rng, dtype, *, width, n_rep, head_dim, v_dim, sink, recent, softcap, sinks):
+    """One cache of two rows, the second shorter: a prompt, then calls of 1 and of 17 columns.
+
+    sinks: standard deviation of the sinks' logits; None: all -inf.
+    """
     n_rows, n_heads = 2, 2
     keep = np.zeros((n_heads, head_dim), bool)
     for head in keep:
@@ -48,7 +51,16 @@ def write_case(file, rng, dtype, *, width, n_rep, head_dim, v_dim, sink, recent)
     sizes = (PROMPT, *N_COLUMNS, 1)
     write_ints(file, DTYPES.index(dtype), n_rows, n_heads * n_rep, n_heads, head_dim, v_dim)
     write_ints(file, sink, recent, 0, len(sizes))
+    file.write(np.array(softcap, "<f8").tobytes())
     file.write(keep.astype(np.uint8).tobytes())
+    logits = (
+        np.full(n_heads * n_rep, -np.inf)
+        if sinks is None
+        else rng.normal(0, sinks, n_heads * n_rep)
+    )
+    logits = logits.astype("<f4")
+    file.write(logits.tobytes())
+    options = {"softcap": softcap, "sinks": logits}
     scale = head_dim**-0.5
     for size in sizes:
         k = encode(rng.standard_normal((n_rows, n_heads, size, head_dim)), dtype)
@@ -63,7 +75,9 @@ def write_case(file, rng, dtype, *, width, n_rep, head_dim, v_dim, sink, recent)
             _, positions = history.attend(b, q[b].astype(np.float32), keep, scale)
             rule = {"sink": sink, "recent": recent, "lo": row.lo, "n0": row.n0, "scale": scale}
             stored = (np.stack(x, axis=1) for x in (row.k, row.v))
-            truth[b], plain[b] = truth_and_plain(q[b], *stored, positions, keep, dtype, **rule)
+            truth[b], plain[b] = truth_and_plain(
+                q[b], *stored, positions, keep, dtype, **rule, **options
+            )
         history.settle()
         write_ints(file, size)
         for array in (valid.astype(np.uint8), k, v, q, truth, budgets(truth, plain, dtype)):
@@ -73,10 +87,15 @@ def write_case(file, rng, dtype, *, width, n_rep, head_dim, v_dim, sink, recent)
 def write_vectors(path):
     rng = np.random.default_rng(20250820)
     shapes = [
-        {"width": width, "n_rep": n_rep, "head_dim": head_dim, "v_dim": v_dim, **window}
+        {"width": width, "n_rep": n_rep, "head_dim": head_dim, "v_dim": v_dim, **window, **more}
         for head_dim, v_dim, n_rep in ((32, 32, 3), (40, 24, 1))
         for width in (0, 8, 24, head_dim)
         for window in ({"sink": 0, "recent": 1}, {"sink": 20, "recent": 40})
+        for more in (
+            {"softcap": 0, "sinks": None},
+            {"softcap": 1.5, "sinks": 2},
+            {"softcap": 50, "sinks": None},
+        )
     ]
     with open(path, "wb") as file:
         write_ints(file, len(shapes) * len(DTYPES))
