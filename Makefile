@@ -76,6 +76,9 @@ valgrind: build
 # by design, so leaks are looked for in the C tests alone.
 SANITIZE := address,undefined
 SANITIZE_TESTS ?= tests
+# They run the same C as tests of the operators of mask learning do, for minutes.
+SANITIZE_SKIP := $(patsubst %,--ignore=tests/test_learn_%.py,\
+    cli data evaluate feed map parallel plan report run)
 sanitize: build
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r $(wildcard *.py *.toml *.txt *.md) LICENSE .pre-commit-config.yaml .ci csrc leank tests \
@@ -88,7 +91,7 @@ sanitize: build
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. PYTHONMALLOC=malloc \
 	    LD_PRELOAD="$(foreach lib,asan.so ubsan.so stdc++.so,$(shell $(CC) -print-file-name=lib$(lib)))" \
 	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider \
-	    -m 'not model and not long' $(PYTEST_ARGS) $(SANITIZE_TESTS)
+	    -m 'not model and not long' $(SANITIZE_SKIP) $(PYTEST_ARGS) $(SANITIZE_TESTS)
 
 # Vectors from tests/reference.py, checked by a static AArch64 program under emulation.
 neon: build

@@ -35,13 +35,18 @@ LK_NOINLINE void mask_logits(const lk_job *job, const lk_view *view, const float
     const bool mixed = view->middle && view->window && !empty;
     const bool hide_middle = empty && view->middle_begin < view->middle_end;
     const bool capped = job->softcap_log2 > 0.0f;
-    const lk_vec scale = v_set1(job->scale_log2), hidden = v_set1(-INFINITY);
+    const lk_vec scale = v_set1(job->scale_log2), hidden = v_set1(-INFINITY), zero = v_set1(0.0f);
     const lk_vec softcap = v_set1(job->softcap_log2), x_per_z = v_set1(job->two_over_softcap);
     for (int32_t t = 0; t < LK_PAGE_TOKENS; t += LK_LANES) {
         lk_vec x = v_load((view->window ? logits : kept) + t);
         if (mixed) x = v_pick(v_load(kept + t), x, t, view->middle_begin, view->middle_end);
         x = v_mul(x, scale);
-        if (capped) x = v_softcap(x, softcap, x_per_z);
+        if (capped) {
+            /* Unused slots may be memory that nobody wrote: no branch of the scalar variant hangs on them. */
+            x = v_pick(x, zero, t, 0, view->visible);
+            if (hide_middle) x = v_pick(zero, x, t, view->middle_begin, view->middle_end);
+            x = v_softcap(x, softcap, x_per_z);
+        }
         if (hide_middle) x = v_pick(hidden, x, t, view->middle_begin, view->middle_end);
         v_store(logits + t, v_pick(x, hidden, t, 0, view->visible));
     }
