@@ -24,8 +24,7 @@ from ._probe import layers_text
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 BASES = ("sdpa", "eager")
 PREFIX = "leank_"
-# What a build of the extension can do; each is an argument of `decode`.
-_TERMS = {name: f"{name}=" in (_C.decode.__text_signature__ or "") for name in ("softcap", "sinks")}
+_TERMS = ("softcap", "sinks")  # each is an argument of `_C.decode`
 # Config entries by which logits are more than the product of hidden states and weights.
 _LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
@@ -77,8 +76,7 @@ def inspect_model(model: nn.Module) -> Layout:
     Raises
     ------
     ValueError
-        As `inspect_structure`; or a weight is not on the CPU, or the model's attention has a term
-        that this build of the extension does not know.
+        As `inspect_structure`; or a weight is not on the CPU.
     """
     _check_class(model)
     devices = sorted({str(p.device) for p in model.parameters() if p.device.type != "cpu"})
@@ -86,14 +84,7 @@ def inspect_model(model: nn.Module) -> Layout:
         raise ValueError(
             f"model: expected all weights on the CPU (this version decodes there), got {devices}"
         )
-    layout = inspect_structure(model)
-    for term in layout.terms:
-        if not _TERMS[term]:
-            raise ValueError(
-                f"model: expected attention without {term}, which this build of leank._C does not "
-                f"know, got {type(model).__name__}"
-            )
-    return layout
+    return inspect_structure(model)
 
 
 def inspect_learnable(model: nn.Module) -> Layout:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 
-from leank import _C, ChannelMask
+from leank import ChannelMask
 from leank.models import Layout
 
 from .tiny_models import RECENT, SINK, VOCAB
@@ -54,7 +54,6 @@ class Family:
     config: str
     options: dict[str, Any]
     note: str = ""
-    term: str = ""  # what `decode` has to know
     learn: bool = True  # whether `leank.learn` takes it too
 
     def make(self, dtype: torch.dtype = torch.float32, **options: Any) -> torch.nn.Module:
@@ -72,12 +71,6 @@ class Family:
                 elif name.endswith("bias") or "sinks" in name:
                     parameter.normal_(0, 0.5)
         return model.to(dtype).eval()
-
-    @property
-    def missing(self) -> str:
-        """Why the tests cannot run it with this build; empty if they can."""
-        known = f"{self.term}=" in (_C.decode.__text_signature__ or "")
-        return "" if known or not self.term else f"decode has no argument {self.term}"
 
 
 FAMILIES = {
@@ -123,7 +116,6 @@ FAMILIES = {
             "attn_logit_softcapping": 5.0,
         },
         "soft-capped; only the layers with full attention",
-        term="softcap",
         learn=False,
     ),
     "gemma3": Family(
@@ -160,7 +152,6 @@ FAMILIES = {
             "initializer_range": 0.04,
         },
         "attention sinks; only the layers with full attention",
-        term="sinks",
         learn=False,
     ),
     "falcon": Family(
@@ -318,9 +309,7 @@ def table() -> str:
             getattr(transformers, family.config)
         ].__name__
         learn = "yes" if family.learn else "no"
-        missing = f"**not yet**: {family.missing}"
-        note = missing if family.missing else family.note
-        lines.append(f"| {family.title} | {cls} | {learn} | {note} |".replace("|  |", "| |"))
+        lines.append(f"| {family.title} | {cls} | {learn} | {family.note} |".replace("|  |", "| |"))
     reasons = []
     for why, text in _WHY.items():
         titles = [refused.title for refused in REFUSED.values() if refused.why == why]

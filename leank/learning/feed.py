@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,9 @@ class Feed:
         size = self.settings.batch_size
         starts = range(0, len(self.validation), size)
         # Of like lengths, so that there is little padding.
-        items = sorted(_made(self.validation, n_workers), key=len)
+        n = len(self.validation)
+        made = _made(self.validation.__getitem__, range(n), min(n_workers, n - 1))
+        items = sorted(made, key=len)
         return [collate(items[start : start + size]) for start in share(starts, world)]
 
 
@@ -152,9 +154,7 @@ def workers_for(device: torch.device) -> int:
 class Batches:
     """The batch of a step, when it is called with the step's number.
 
-    Worker processes make those of the next steps in advance, as long as none is skipped. They are
-    forked: a script that learns needs no ``if __name__ == "__main__"``, and what they read is in
-    memory once.
+    Worker processes make those of the next steps in advance, as long as none is skipped.
 
     Parameters
     ----------
@@ -167,9 +167,9 @@ class Batches:
     def __init__(
         self, samples: Sequence[Sample], own: Sequence[Sequence[int]], n_workers: int = 0
     ) -> None:
-        self._steps, self._n_workers = _Steps(samples, own), n_workers
+        self._samples, self._own, self._n_workers = samples, own, n_workers
         self._next = 0
-        self._coming: Iterator[Batch | DataError] | None = None
+        self._coming: Iterator[Batch] | None = None
 
     def __call__(self, step: int) -> Batch:
         """Return the batch of a step.
@@ -180,79 +180,61 @@ class Batches:
             A sample cannot be made.
         """
         if self._n_workers == 0:
-            batch = self._steps[step]
-        else:
-            if self._coming is None or step != self._next:
-                self.close()
-                self._coming = self._from(step)
-            self._next = step + 1
-            batch = next(self._coming)
-        if isinstance(batch, DataError):
-            raise batch
-        return batch
+            return self._make(step)
+        if self._coming is None or step != self._next:
+            self.close()
+            self._coming = _made(self._make, range(step, len(self._own)), self._n_workers)
+        self._next = step + 1
+        return next(self._coming)
 
     def close(self) -> None:
         """End the worker processes; they start again with the next batch that is asked for."""
         self._coming = None  # nobody else has it, and without it they end
 
-    def _from(self, step: int) -> Iterator[Batch | DataError]:
-        return iter(
-            DataLoader(
-                self._steps,
-                batch_size=None,
-                sampler=range(step, len(self._steps)),
-                collate_fn=_as_it_is,
-                num_workers=self._n_workers,
-                multiprocessing_context="fork",
-                prefetch_factor=_AHEAD,
-                generator=torch.Generator(),  # else it would draw from the global one
-            )
-        )
+    def _make(self, step: int) -> Batch:
+        return collate([self._samples[i] for i in self._own[step]])
 
 
-class _Steps(Dataset):
-    """The batches of steps; a DataError is returned, since a worker's would come with a traceback.
+def _made(make: Callable[[int], Any], numbers: range, n_workers: int) -> Iterator[Any]:
+    """Yield what `make` makes of numbers, in order; with workers, they make the next ones ahead.
 
-    Parameters
-    ----------
-    samples, own
-        As in `Batches`.
+    Workers are forked: a script that learns needs no ``if __name__ == "__main__"``, and what they
+    read is in memory once.
     """
+    if n_workers < 1:
+        yield from map(make, numbers)
+        return
+    loader = DataLoader(
+        _Things(make),
+        batch_size=None,
+        sampler=numbers,
+        collate_fn=_as_it_is,
+        num_workers=n_workers,
+        multiprocessing_context="fork",
+        prefetch_factor=_AHEAD,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    for thing in loader:
+        if isinstance(thing, DataError):
+            raise thing
+        yield thing
 
-    def __init__(self, samples: Sequence[Sample], own: Sequence[Sequence[int]]) -> None:
-        self._samples, self._own = samples, own
 
-    def __len__(self) -> int:
-        return len(self._own)
+class _Things(Dataset):
+    """What a function makes; a DataError is returned, since a worker's comes with a traceback."""
 
-    def __getitem__(self, step: int) -> Batch | DataError:
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self._make = make
+
+    def __getitem__(self, number: int) -> Any:
         try:
-            return collate([self._samples[i] for i in self._own[step]])
+            return self._make(number)
         except DataError as error:
             return error
 
 
-def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
-    return batch
-
-
-def _made(samples: Samples, n_workers: int) -> Iterator[Sample]:
-    """Make all samples, in order; 64 of 32k tokens take one process half a minute."""
-    n_workers = min(n_workers, len(samples) - 1)
-    if n_workers < 1:
-        return iter(samples)
-    loader = DataLoader(
-        samples,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=n_workers,
-        generator=torch.Generator(),  # as above
-    )
-    return iter(loader)
-
-
-def _as_it_is(sample: Sample) -> Sample:
-    return sample
+def _as_it_is(thing: Any) -> Any:
+    return thing
 
 
 def _lengths(
