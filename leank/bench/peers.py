@@ -55,7 +55,7 @@ def _flex(q: torch.Tensor, k: torch.Tensor) -> Iterator[Peer]:
 
 
 @contextlib.contextmanager
-def _flashinfer(q: torch.Tensor, k: torch.Tensor) -> Iterator[Peer]:
+def _flashinfer(backend: str, q: torch.Tensor, k: torch.Tensor) -> Iterator[Peer]:
     try:
         import flashinfer
     except ModuleNotFoundError as error:
@@ -68,7 +68,9 @@ def _flashinfer(q: torch.Tensor, k: torch.Tensor) -> Iterator[Peer]:
     n_pages = length // _PAGE_TOKENS
     workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=k.device)
     # Tensor cores: what its documentation advises for more than a few query heads per KV head.
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        workspace, "NHD", use_tensor_cores=True, backend=backend
+    )
     wrapper.plan(
         torch.arange(n_rows + 1, dtype=torch.int32, device=k.device) * n_pages,
         torch.arange(n_rows * n_pages, dtype=torch.int32, device=k.device),
@@ -95,7 +97,9 @@ PEERS = {
     "cudnn": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
     "flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
     "flex": _flex,
-    "flashinfer": _flashinfer,
+    # It takes fa3 on Hopper by itself, for decoding too.
+    "flashinfer fa2": functools.partial(_flashinfer, "fa2"),
+    "flashinfer fa3": functools.partial(_flashinfer, "fa3"),
 }
 
 
