@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
@@ -217,7 +216,7 @@ def _outside(model: nn.Module) -> tuple[int, ...]:
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     found = {
         "a recurrent state, as of Mamba or linear attention": LinearAttentionCacheLayerMixin,
-        "no cache of their own": DummyLayer,
+        "no cache of their own": getattr(cache_utils, "DummyLayer", ()),  # newer than 5.17
     }
     found |= {f"the cache {type(x).__name__}": type(x) for x in layers if type(x) not in known}
     for text, kind in found.items():
