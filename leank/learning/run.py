@@ -18,6 +18,7 @@ import leank
 from leank.learning.evaluate import Evaluation, evaluate
 from leank.learning.feed import Batches, workers_for
 from leank.learning.folder import ResumeError, RunFolder, check_same
+from leank.learning.graphs import Gradients
 from leank.learning.parallel import World, find_world
 from leank.learning.plan import LearnError, Plan, Request, Target
 from leank.learning.span import SpanModel
@@ -244,12 +245,14 @@ class Run:
             world=self.world,
             cache_bytes=self._cache_bytes(),
         )
-        batches = feed.batches(self.world, n_workers)
+        batches, gradients = feed.batches(self.world, n_workers), Gradients(self.model)
         with contextlib.closing(batches):
             for i in range(len(self.done), len(self.plan.targets)):
-                self._learn_one(i, batches, validation)
+                self._learn_one(i, batches, validation, gradients)
 
-    def _learn_one(self, i: int, batches: Batches, validation: Validation) -> None:
+    def _learn_one(
+        self, i: int, batches: Batches, validation: Validation, gradients: Gradients
+    ) -> None:
         """Learn the mask of a target; stage 1 is that of the first."""
         target = self.plan.targets[i]
         learner = Learner(
@@ -259,6 +262,7 @@ class Run:
             validation,
             start=self._start() if i == 0 and self._state is None else None,
             world=self.world,
+            gradients=gradients,
         )
         if self._state is not None:
             learner.load_state_dict(self._state)

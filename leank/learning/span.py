@@ -15,13 +15,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 from leank.learning.data import Batch
 from leank.learning.ops import mixed_attention
 from leank.models import Layout, inspect_learnable
 
 _NAME, _CHUNK_NAME = "leank_learn", "leank_learn_chunk"
+_ALL = 1 << 62  # a window that no text exceeds
 # Without cuDNN, which makes a plan for each new shape: that takes longer than the attention.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -92,15 +93,31 @@ def _attention(module, query, key, value, attention_mask, *, scaling, leank_run:
     return out.transpose(1, 2), None
 
 
-def _attend_chunk(module, query, key, value, attention_mask, *, scaling, **kwargs):
-    """Attention of a chunk without padding to all before it and itself; returns [B, T, Hq, D].
+def _attend_chunk(
+    module, query, key, value, attention_mask, *, scaling, leank_start=None, **kwargs
+):
+    """Attention of a chunk to all before it and itself; returns [B, T, Hq, D].
 
-    transformers would make a mask of T x L for every chunk but the first, with which there is no
-    flash attention: at 32k tokens that takes longer than all the rest.
+    With padding, or for a chunk that is not the first, transformers would make a mask of T x L,
+    with which there is no flash attention: that can take longer than all the rest.
     """
-    bias = causal_lower_right(query.shape[2], key.shape[2])
-    out = scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True
+    n_new = query.shape[2]
+    if leank_start is None:
+        bias = causal_lower_right(n_new, key.shape[2])
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+    n_past = key.shape[2] - n_new
+    out = mixed_attention(
+        query,
+        *(x[:, :, :n_past] for x in (key, value)),
+        *(x[:, :, n_past:] for x in (key, value)),
+        torch.ones(key.shape[1], key.shape[3], device=key.device),  # of no key: all are the window
+        sink=0,
+        recent=_ALL,
+        scale=scaling,
+        start=leank_start.to(key.device),
     )
     return out.transpose(1, 2), None
 
@@ -156,28 +173,38 @@ class SpanModel:
         self.head = model.get_output_embeddings()
         for part in (self.base, self.head):
             part.requires_grad_(False)
-        for name, attention in ((_NAME, _attention), (_CHUNK_NAME, _attend_chunk)):
-            AttentionInterface.register(name, attention)
-            # They know what is visible: no mask is made.
-            AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+        # They know what is visible: transformers makes no mask for names that it has none for.
+        AttentionInterface.register(_NAME, _attention)
+        AttentionInterface.register(_CHUNK_NAME, _attend_chunk)
 
     @torch.no_grad()
-    def dense(self, batch: Batch) -> Dense:
-        """Run densely over context and span."""
+    def dense(self, batch: Batch, padded: bool | None = None) -> Dense:
+        """Run densely over context and span.
+
+        Parameters
+        ----------
+        batch : Batch
+        padded : bool, optional
+            Whether rows begin with padding; None: looks, for which a GPU is waited for.
+        """
         ids = torch.cat([batch.context, batch.span], 1)
         n_context, n_columns = batch.context.shape[1], ids.shape[1]
         columns = torch.arange(n_columns, device=ids.device)
-        # Without a mask attention takes its fast path.
-        mask = (columns >= batch.start[:, None]).long() if batch.start.any() else None
         # A padding column has any position.
         positions = (columns - batch.start[:, None]).clamp(min=0)
         cache = DynamicCache()
         # The span is in the last chunk.
         cuts = [*range(0, max(1, n_context), self.chunk), n_columns]
+        if padded is None:
+            padded = bool(batch.start.any())
+        mask, options = None, {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(sdpa_kernel(_BACKENDS))
-            if mask is None and ids.is_cuda:
+            if ids.is_cuda:
                 stack.enter_context(use_attention(self.layout, _CHUNK_NAME))
+                options = {"leank_start": batch.start if padded else None}
+            elif padded:
+                mask = (columns >= batch.start[:, None]).long()
             for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
                 out = self.base(
                     input_ids=ids[:, begin:end],
@@ -185,6 +212,7 @@ class SpanModel:
                     position_ids=positions[:, begin:end],
                     past_key_values=cache,
                     use_cache=True,
+                    **options,
                 )
         return Dense(
             out.last_hidden_state[:, -batch.span.shape[1] :].clone(),  # frees the others
@@ -227,7 +255,7 @@ class SpanModel:
         with use_attention(self.layout, _NAME):
             return self.base(
                 input_ids=batch.span,
-                position_ids=columns - batch.start[:, None],
+                position_ids=(columns - batch.start[:, None]).clamp(min=0),
                 use_cache=False,
                 leank_run=run,
             ).last_hidden_state

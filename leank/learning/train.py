@@ -16,8 +16,9 @@ import torch
 
 from leank.learning.budget import choose_channels
 from leank.learning.data import Batch
+from leank.learning.graphs import Gradients
 from leank.learning.parallel import Alone, World
-from leank.learning.span import SpanModel, error_of
+from leank.learning.span import SpanModel
 from leank.learning.validation import Validation
 from leank.masks import ChannelMask
 
@@ -154,6 +155,8 @@ class Learner:
         Factors to begin with; default: ones.
     world : World, optional
         The processes that learn together; default: this one alone.
+    gradients : Gradients, optional
+        Of the same model; the graphs of another learner, to be used again.
     """
 
     def __init__(
@@ -165,8 +168,10 @@ class Learner:
         *,
         start: np.ndarray | None = None,
         world: World | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         self.model, self.settings, self.world = model, settings, world or Alone()
+        self.gradients = gradients or Gradients(model)
         self.batches, self.validation = batches, validation
         self.alpha = torch.ones(model.layout.mask_shape, device=model.device)
         if start is not None:
@@ -242,26 +247,20 @@ class Learner:
 
     def _step(self, stage: int, step: int) -> float:
         batch = self.batches(self.n_done).to(self.model.device)
-        dense = self.model.dense(batch)
-        self.optimizer.zero_grad()
         if stage == 1:
-            out = self.model.mixed(batch, dense, self.alpha)
+            factor, hidden = self.alpha, None
         else:
             keep = self.choose(self.settings.ratio_of(step))
             keep = torch.tensor(keep, device=self.model.device)
             soft, every = self.settings.softness_of(step), self.settings.zero_every
             factor = torch.lerp(keep.float(), self.alpha.detach(), soft)
-            # That goes forward, its gradient to alpha: straight through. The difference is 0.
-            factor = factor + (self.alpha - self.alpha.detach())
             seen = soft > 0 or (every and (step + 1) % every == 0)
             hidden = None if seen else ~keep.any(-1)
-            out = self.model.mixed(batch, dense, factor, hidden)
         # The loss is a mean over the tokens of all processes: their sums are added, then divided.
         weight = self.world.sum(batch.weights.sum())
-        loss = error_of(out, dense, batch) / weight
-        loss.backward()
-        loss = self.world.sum(loss.detach())
-        self.alpha.grad = self.world.sum(self.alpha.grad)
+        # Straight through: alpha gets the gradient of the factors that went forward.
+        loss, gradient = self.gradients(batch, factor, hidden, weight)
+        loss, self.alpha.grad = self.world.sum(loss), self.world.sum(gradient)
         if stage == 1:
             (self.settings.penalty * self.alpha.abs().mean()).backward()
         if not torch.stack([loss, self.alpha.grad.abs().sum()]).isfinite().all():
