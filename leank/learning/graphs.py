@@ -52,7 +52,7 @@ def gradient_of(
     return loss.detach(), gradient
 
 
-def aligned(batch: Batch, columns: int = _COLUMNS, span: int = _SPAN) -> Batch:
+def aligned(batch: Batch, columns: int, span: int) -> Batch:
     """Return the same samples with more padding, and with columns of context in the span.
 
     Parameters
@@ -117,15 +117,21 @@ class Gradients:
         weight: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `gradient_of` does."""
-        small = aligned(batch) if self._captures else batch
-        if not self._captures or small.context.shape[1] > self.model.chunk:
+        if not self._captures:
+            return gradient_of(self.model, batch, factor, hidden, weight)
+        padded = aligned(batch, _COLUMNS, _SPAN)
+        shape = *padded.context.shape, padded.span.shape[1]
+        if shape[1] > self.model.chunk:
             return gradient_of(self.model, batch, factor, hidden, weight)
         if hidden is None:
             hidden = torch.zeros(factor.shape[:2], dtype=torch.bool, device=factor.device)
-        inputs = *small, factor.detach(), hidden, weight
-        shape = *small.context.shape, small.span.shape[1]
+        inputs = *padded, factor.detach(), hidden, weight
+        if not self._seen and not self._can_capture(inputs):
+            self._captures = False
+            return self(batch, factor, hidden, weight)
         if shape not in self._seen:
-            return self._first(shape, inputs)
+            self._seen.add(shape)
+            return self._compute(inputs)  # all that its kernels need once is there after this
         if shape not in self._graphs:
             self._graphs[shape] = self._capture(inputs)
         captured = self._graphs[shape]
@@ -134,26 +140,20 @@ class Gradients:
         captured.graph.replay()
         return tuple(x.clone() for x in captured.outputs)  # the next replay writes over them
 
-    def _first(self, shape: tuple[int, ...], inputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute without a graph, so that all that kernels need once is there."""
-        if self._seen:
-            self._seen.add(shape)
-            return self._compute(inputs)
+    def _can_capture(self, inputs: tuple) -> bool:
         try:
             with _no_waiting():
-                result = self._compute(inputs)
+                self._compute(inputs)
         except RuntimeError as error:
             if "synchroniz" not in str(error):
                 raise
             warnings.warn(
                 "the model waits for the GPU inside its forward, so that steps cannot be CUDA "
                 f"graphs and take longer: {error}",
-                stacklevel=2,
+                stacklevel=3,
             )
-            self._captures = False
-            return self._compute(inputs)
-        self._seen.add(shape)
-        return result
+            return False
+        return True
 
     def _compute(self, inputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         *batch, factor, hidden, weight = inputs
