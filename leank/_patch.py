@@ -148,9 +148,9 @@ def patch(
     ----------
     model : transformers.PreTrainedModel
         A causal language model on the CPU, in float32, bfloat16 or float16, that attends to stored
-        K and V; layers with a sliding window or chunks keep transformers' own cache. A model that
-        is set to flash or flex attention uses sdpa, or else eager attention, until `unpatch`. The
-        model is asked to read two tokens.
+        K and V; layers with a sliding window, chunks or a state (as of Mamba) keep transformers'
+        own cache. A model that is set to flash or flex attention uses sdpa, or else eager
+        attention, until `unpatch`. The model is asked to read two tokens.
     mask : ChannelMask, path or name
         Channels to keep, [layers, KV heads, head dim]; or a mask file; or a name that
         ``leank masks`` lists.

@@ -11,10 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
-from .cache_layer import LeanKLayer, NewTokens, cropped
+from .cache_layer import LeanKLayer, LeanKStateLayer, NewTokens, cropped, forget_state
 from .masks import ChannelMask
+from .models import PRUNED
 
 if TYPE_CHECKING:
     from ._patch import Patch
@@ -40,8 +46,9 @@ class LeanKCache(Cache):
     slack : int
         Tokens beyond W whose dropped channels stay, so that a crop of that many changes nothing.
     config : transformers config, optional
-        Of the model; layers to which it gives a sliding window or chunks get transformers' own
-        cache, keep every channel and are in no figure of `memory`. None: there are no such layers.
+        Of the model; layers to which it gives a sliding window, chunks or a state get transformers'
+        own cache, keep every channel and are in no figure of `memory`. None: there are no such
+        layers.
 
     Attributes
     ----------
@@ -78,7 +85,7 @@ class LeanKCache(Cache):
         layers = [DynamicLayer() for _ in mask.keep]
         if config is not None:
             layers = DynamicCache(config=config).layers
-            outside = [i for i, layer in enumerate(layers) if type(layer) is not DynamicLayer]
+            outside = [i for i, layer in enumerate(layers) if type(layer) not in PRUNED]
             fitted(mask, len(layers), outside)
         elif mask.outside:
             raise ValueError(
@@ -88,8 +95,12 @@ class LeanKCache(Cache):
         for i, keep in enumerate(mask.keep):
             if type(layers[i]) is DynamicLayer:
                 layers[i] = LeanKLayer(keep, **window)
+            elif type(layers[i]) in PRUNED:
+                layers[i] = LeanKStateLayer(keep, layers[i].number_of_states, **window)
         super().__init__(layers=layers)
         self.columns = None  # what leank.attention read from this forward's mask
+        self._reached: set[tuple[int, str]] = set()  # layers, and what of them, by this forward
+        self._due = 0  # columns after this forward
         self.sdpa: Callable | None = None  # for a model that does not use the attention interface
 
     @property
@@ -106,26 +117,54 @@ class LeanKCache(Cache):
         **kwargs,
     ) -> tuple[NewTokens, NewTokens]:
         """Hand new K and V to the attention function; returns the same handle twice."""
+        self._reach(layer_idx, "attention")
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, LeanKLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._due = layer.get_seq_length() + key_states.shape[-2]
+        tokens = NewTokens(self, layer, *layer.update(key_states, value_states))
+        return tokens, tokens
+
+    def update_conv_state(self, conv_states, layer_idx: int, state_idx: int = 0, **kwargs):
+        """Move a state of a layer on, as transformers does."""
+        self._reach(layer_idx, f"convolution {state_idx}")
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states, layer_idx: int, state_idx: int = 0, **kwargs
+    ):
+        """Move a state of a layer on, as transformers does."""
+        self._reach(layer_idx, f"recurrence {state_idx}")
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
+    def _reach(self, layer_idx: int, part: str) -> None:
+        """Note how far a forward has come; what it reaches again is the begin of another."""
         if torch.compiler.is_compiling():
             _refuse_compiling()
-        if layer_idx == 0:
+        if not self._reached or (layer_idx, part) in self._reached:
             self.columns = None
-            lengths = self._lengths()
-            if len(lengths) > 1:
+            if self._stopped():
+                lengths = self._lengths()
                 remedy = (
                     "cache.crop(0) goes back to the last one that did"
                     if self._can_undo()
                     else "cache.reset() and feed everything again"
                 )
+                got = f"layers hold {lengths} columns" if len(lengths) > 1 else "states moved on"
                 raise RuntimeError(
-                    f"LeanKCache: layers hold {lengths} columns because an earlier forward "
-                    f"did not finish; {remedy}"
+                    f"LeanKCache: {got} because an earlier forward did not finish; {remedy}"
                 )
-        layer = self.layers[layer_idx]
-        if not isinstance(layer, LeanKLayer):
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        tokens = NewTokens(self, layer, *layer.update(key_states, value_states))
-        return tokens, tokens
+            self._reached.clear()
+        self._reached.add((layer_idx, part))
+
+    def _stopped(self) -> bool:
+        """Whether the last forward did not reach its end, and left something behind."""
+        lengths = self._lengths()
+        moved = {i for i, part in self._reached if part != "attention"}
+        if len(lengths) > 1 or not moved:
+            return len(lengths) > 1
+        has_cache = {i for i, is_dummy in enumerate(self.is_dummy) if not is_dummy}
+        return {i for i, _ in self._reached} != has_cache or lengths != [self._due]
 
     def expect_prompt(self, n_columns: int) -> None:
         """
@@ -174,16 +213,22 @@ class LeanKCache(Cache):
             The number is positive.
         RuntimeError
             A forward stopped half way, and layers that it reached have dropped what the others
-            still hold; or a layer's sliding window has dropped what would come back. The cache
-            stays as it is, for ``reset``.
+            still hold; or a layer's sliding window has dropped what would come back; or a layer's
+            state cannot go back. The cache stays as it is, for ``reset``.
         """
         lengths = self._lengths()
         n_columns = cropped(lengths[0], tokens_to_remove)
-        if len(lengths) > 1 and not self._can_undo():
+        if self._stopped() and not self._can_undo():
             raise RuntimeError(
                 f"LeanKCache: layers hold {lengths} columns because a forward did not finish, and "
-                "the layers that did have dropped channels of older tokens; cache.reset() and feed "
-                "everything again"
+                "the layers that did have dropped channels of older tokens or moved their state "
+                "on; cache.reset() and feed everything again"
+            )
+        if n_columns < lengths[0] and n_columns and not self._can_take_back():
+            raise RuntimeError(
+                "LeanKCache: a layer has a state (as of Mamba or linear attention) that cannot "
+                "go back; work on a copy.deepcopy(cache) made before the forward, or "
+                "cache.reset() and feed everything again"
             )
         if n_columns and not self._can_slide_back(n_columns):
             raise RuntimeError(
@@ -193,17 +238,48 @@ class LeanKCache(Cache):
             )
         # An empty cache stays announced, also if it is empty since its first call did not finish.
         announced = self.packed[0].prompt_columns if lengths[0] == 0 else None
+        if n_columns == 0:
+            self.reset()
         for layer in self.packed:
             layer.crop_to(n_columns)
             layer.prompt_columns = layer.prompt_columns or announced
         for layer in self._sliding():
-            if n_columns == 0:
-                layer.reset()
-            elif layer.is_initialized and (layer.record_past or layer.get_seq_length() > n_columns):
+            if layer.is_initialized and (layer.record_past or layer.get_seq_length() > n_columns):
                 layer.crop(n_columns - layer.get_seq_length())
+        for layer in self._with_state():
+            if n_columns and layer.record_past:
+                LinearAttentionCacheLayerMixin.crop(layer, n_columns - lengths[0])
+        self._reached.clear()
+
+    def reset(self) -> None:
+        """Forget all tokens and the announced prompt."""
+        super().reset()
+        for layer in self._with_state():
+            forget_state(layer)
+        self._reached.clear()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row; the copies share pages."""
+        if self.get_seq_length():
+            rows = torch.arange(self.packed[0].store.n_rows)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows that an index tensor or a boolean tensor names, in its order."""
+        if self.get_seq_length():
+            rows = torch.arange(self.packed[0].store.n_rows)[torch.as_tensor(indices).cpu()]
+            for layer in self.layers:
+                layer.reorder_cache(rows)
 
     def _sliding(self) -> list:
-        return [layer for layer in self.layers if not isinstance(layer, LeanKLayer)]
+        return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+
+    def _with_state(self) -> list:
+        return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+
+    def _can_take_back(self) -> bool:
+        """Whether the layers with a state, if any, recorded what they need to go back."""
+        return all(layer.record_past and layer.is_croppable for layer in self._with_state())
 
     def _can_slide_back(self, n_columns: int) -> bool:
         """Whether the layers with a sliding window can go back to so many columns."""
@@ -216,7 +292,7 @@ class LeanKCache(Cache):
 
     def _lengths(self) -> list[int]:
         """Return the numbers of columns that layers hold: one, unless a forward stopped."""
-        return sorted({layer.get_seq_length() for layer in self.layers})
+        return sorted({layer.get_seq_length() for layer in (*self.packed, *self._sliding())})
 
     def _can_undo(self) -> bool:
         """Whether layers that are ahead lose nothing but columns when they go back to the others.
@@ -229,7 +305,8 @@ class LeanKCache(Cache):
             return True  # all layers begin again
         first = self.packed[0].store
         return (
-            lengths[-1] - lengths[0] <= first.slack
+            not self._with_state()
+            and lengths[-1] - lengths[0] <= first.slack
             and self._can_slide_back(lengths[0])
             and all(
                 np.array_equal(layer.store.prompt_lengths, first.prompt_lengths)
@@ -289,19 +366,19 @@ def _refuse_compiling() -> None:
 
 
 def fitted(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> ChannelMask:
-    """Return the mask for a model with sliding windows in the layers `outside`, or raise."""
+    """Return the mask for a model without full attention in the layers `outside`, or raise."""
     if len(mask.keep) != n_layers:
         raise ValueError(f"mask: expected {n_layers} layers, got {len(mask.keep)}")
     wrong = [i for i in outside if not mask.keep[i].all()]
     if wrong:
         raise ValueError(
-            f"mask: expected every channel in layer {wrong[0]}, whose sliding window or chunks "
-            f"stay with transformers' own cache, got {mask.keep[wrong[0]].mean():.1%} of them"
+            f"mask: expected every channel in layer {wrong[0]}, whose sliding window, chunks or "
+            f"state stay with transformers' own cache, got {mask.keep[wrong[0]].mean():.1%} of them"
         )
     if mask.outside and mask.outside != tuple(outside):
         raise ValueError(
-            f"mask: expected layers {list(outside)} outside, as the model has sliding windows or "
-            f"chunks there, got {list(mask.outside)}"
+            f"mask: expected layers {list(outside)} outside, where the model has no full "
+            f"attention, got {list(mask.outside)}"
         )
     return dataclasses.replace(mask, outside=tuple(outside)) if outside else mask
 

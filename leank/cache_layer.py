@@ -7,12 +7,17 @@ older ones are freed.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from . import _C
 from .models import DTYPES
@@ -168,12 +173,49 @@ class LeanKLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict) -> LeanKLayer:
         """Copy with shared pages; they are copied when one of the owners writes to them."""
-        new = type(self)(self.keep, **self.window)
+        new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(self.__dict__)
         if self.store is not None:
             new.store = self.store.copy()
         return new
+
+
+class LeanKStateLayer(LeanKLayer, LinearAttentionAndFullAttentionLayer):
+    """A ``LeanKLayer`` that also holds a state, as those of Falcon-H1 and Zamba; theirs is kept."""
+
+    is_croppable = False
+
+    def __init__(self, keep: np.ndarray, number_of_states: int, **window: int) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        LeanKLayer.__init__(self, keep, **window)
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """Make the store for K and V, or a state, which transformers names by keyword."""
+        base = LeanKLayer if args else LinearAttentionLayer
+        base.lazy_initialization(self, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder rows for beam search."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LeanKLayer.reorder_cache(self, beam_idx)
+
+    def reset(self) -> None:
+        """Forget all tokens, the state and the announced prompt."""
+        forget_state(self)
+        LeanKLayer.reset(self)
+
+    def __deepcopy__(self, memo: dict) -> LeanKStateLayer:
+        """Copy with shared pages and a state of its own, which is changed in place."""
+        new = LeanKLayer.__deepcopy__(self, memo)
+        for name in LinearAttentionLayer().__dict__:
+            new.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        return new
+
+
+def forget_state(layer: LinearAttentionLayer) -> None:
+    """Make a layer's state new; transformers' ``reset`` would keep it at its number of rows."""
+    LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
 
 
 def cropped(n_columns: int, tokens_to_remove: int) -> int:

@@ -38,8 +38,8 @@ class ChannelMask:
     model, method : str
         What the mask was made for, and how.
     outside : tuple of int
-        Layers that LeanK does not cache, since they have sliding windows: they keep every channel,
-        and count in no share and no number of bytes.
+        Layers that LeanK does not cache, since they have no full attention (sliding windows, or a
+        state as of Mamba): they keep every channel, and count in no share and no number of bytes.
 
     Raises
     ------

@@ -14,7 +14,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel, cache_u
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
 )
 
 from . import _C, _probe
@@ -23,6 +24,11 @@ from ._probe import layers_text
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 BASES = ("sdpa", "eager")
 PREFIX = "leank_"
+# Kinds of cache layers, by exact type. One with full attention beside a state is pruned as well.
+PRUNED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+_LEFT = (DynamicSlidingWindowLayer, LinearAttentionLayer)
+if hasattr(cache_utils, "DummyLayer"):  # newer than 5.22
+    _LEFT += (cache_utils.DummyLayer,)
 _TERMS = ("softcap", "sinks")  # each is an argument of `_C.decode`
 # Config entries by which logits are more than the product of hidden states and weights.
 _LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -42,7 +48,8 @@ class Layout:
     name : str
         The implementation that they name; a patched model uses `base` instead of flash and flex.
     outside : tuple of int
-        Layers with a sliding window or chunks, whose cache is the framework's.
+        Layers without full attention (a sliding window, chunks, a state as of Mamba, no cache at
+        all), whose cache is the framework's.
     terms : tuple of str
         What changes the logits in the other layers: "softcap", "sinks".
     interface : bool
@@ -99,7 +106,10 @@ def inspect_learnable(model: nn.Module) -> Layout:
     """
     layout = inspect_structure(model)
     reasons = {
-        f"sliding windows or chunks in {layers_text(layout.outside)}": bool(layout.outside),
+        f"no full attention in {layers_text(layout.outside)}": bool(layout.outside),
+        "a state beside its attention": any(
+            isinstance(layer, LinearAttentionAndFullAttentionLayer) for layer in _layers(model)
+        ),
         **{f"{term} in its attention": term in layout.terms for term in _TERMS},
         "attention outside of transformers' attention interface": not layout.interface,
         "its layers elsewhere than in model.model": not hasattr(model, "model"),
@@ -210,28 +220,31 @@ def _check_kind(model: nn.Module) -> None:
         )
 
 
+def _layers(model: nn.Module) -> list:
+    """Return the cache layers that transformers gives a model."""
+    return DynamicCache(config=model.config).layers
+
+
 def _outside(model: nn.Module) -> tuple[int, ...]:
-    """Return the layers whose cache stays the framework's; refuse those without K of tokens."""
-    layers = DynamicCache(config=model.config).layers
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    found = {
-        "a recurrent state, as of Mamba or linear attention": LinearAttentionCacheLayerMixin,
-        "no cache of their own": getattr(cache_utils, "DummyLayer", ()),  # newer than 5.17
-    }
-    found |= {f"the cache {type(x).__name__}": type(x) for x in layers if type(x) not in known}
-    for text, kind in found.items():
-        numbers = [i for i, layer in enumerate(layers) if isinstance(layer, kind)]
-        if numbers:
+    """Return the layers whose cache stays the framework's; refuse those that nobody knows."""
+    name, layers = type(model).__name__, _layers(model)
+    if "reuse" in (getattr(text_config(model), "kv_sharing_modes", None) or ()):
+        raise ValueError(
+            f"model: expected each layer to attend to K and V of its own, got {name}, whose layers "
+            "share them"
+        )
+    for i, layer in enumerate(layers):
+        if type(layer) not in PRUNED + _LEFT:
             raise ValueError(
-                f"model: expected attention over stored K and V in every layer, got "
-                f"{type(model).__name__} with {text} in {layers_text(numbers)}"
+                f"model: expected layers whose cache grows by K and V, slides or is a state, got "
+                f"{name} with a {type(layer).__name__} in {layers_text([i])}"
             )
-    outside = tuple(i for i, x in enumerate(layers) if type(x) is DynamicSlidingWindowLayer)
+    outside = tuple(i for i, layer in enumerate(layers) if type(layer) in _LEFT)
     if len(outside) == len(layers):
         raise ValueError(
-            f"model: expected a layer with full attention, got {type(model).__name__} with a "
-            "sliding window or chunks in every layer: their caches do not grow, and nothing is "
-            "left to prune"
+            f"model: expected a layer with full attention, got {name} with a sliding window, "
+            "chunks or a state in every layer: their caches do not grow, and nothing is left to "
+            "prune"
         )
     return outside
 

@@ -39,6 +39,16 @@ _SIZES = {
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _MIXED = ["sliding_attention", "full_attention"] * 2
+_LINEAR = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
 # Of these scaled weights attention is far from uniform; as initialised, it hides mistakes.
 _SCALED = {
     r"(q_proj|k_proj|qkv_proj|query_key_value|lm_head|embed_out)\.weight$": 6.0,
@@ -70,6 +80,10 @@ class Family:
                     parameter.add_(torch.rand_like(parameter) + 1)
                 elif name.endswith("bias") or "sinks" in name:
                     parameter.normal_(0, 0.5)
+        for module in model.modules():
+            # Attention that Zamba's layers share is told its layer at each call, the oracle is not.
+            if getattr(module, "layer_idx", 0) in (None, -1):
+                module.layer_idx = config.layer_types.index("hybrid")
         return model.to(dtype).eval()
 
 
@@ -182,6 +196,109 @@ FAMILIES = {
         "positions are embedded",
         learn=False,
     ),
+    "lfm2": Family(
+        "LFM2",
+        "Lfm2Config",
+        {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+        "beside convolutions",
+        learn=False,
+    ),
+    "qwen3_next": Family(
+        "Qwen3-Next",
+        "Qwen3NextConfig",
+        _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 32},
+        "beside linear attention",
+        learn=False,
+    ),
+    "qwen3_5": Family(
+        "Qwen3.5 (text)", "Qwen3_5TextConfig", _LINEAR, "beside linear attention", learn=False
+    ),
+    "olmo_hybrid": Family(
+        "OLMo Hybrid",
+        "OlmoHybridConfig",
+        {"num_hidden_layers": 4, "layer_types": _LINEAR["layer_types"]},
+        "beside linear attention",
+        learn=False,
+    ),
+    "jamba": Family(
+        "Jamba",
+        "JambaConfig",
+        {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2, "mamba_dt_rank": 4},
+        "beside Mamba",
+        learn=False,
+    ),
+    "bamba": Family(
+        "Bamba", "BambaConfig", _MAMBA2 | {"attn_layer_indices": [1]}, "beside Mamba", learn=False
+    ),
+    "granite hybrid": Family(
+        "Granite 4 hybrid",
+        "GraniteMoeHybridConfig",
+        _MAMBA2
+        | {
+            "layer_types": ["mamba", "attention", "mamba"],
+            "attention_multiplier": 0.2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 32,
+        },
+        "beside Mamba",
+        learn=False,
+    ),
+    "nemotron_h": Family(
+        "Nemotron-H",
+        "NemotronHConfig",
+        {
+            "layers_block_type": ["mamba", "attention", "mlp", "attention"],
+            "num_hidden_layers": 4,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+            "head_dim": 16,
+        },
+        "beside Mamba and layers without a cache",
+        learn=False,
+    ),
+    "falcon_h1": Family(
+        "Falcon-H1",
+        "FalconH1Config",
+        _MAMBA2 | {"mamba_d_ssm": 128},
+        "beside Mamba in each layer",
+        learn=False,
+    ),
+    "zamba": Family(
+        "Zamba",
+        "ZambaConfig",
+        {
+            "num_hidden_layers": 4,
+            "attention_hidden_size": 128,
+            "attention_head_dim": 32,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "n_mamba_heads": 2,
+            "mamba_dt_rank": 4,
+            "initializer_range": 0.06,
+        },
+        "beside Mamba",
+        learn=False,
+    ),
+    "zamba2": Family(
+        "Zamba2",
+        "Zamba2Config",
+        {
+            "layers_block_type": ["mamba", "mamba", "hybrid"],
+            "attention_hidden_size": 128,
+            "attention_head_dim": 32,
+            "num_mem_blocks": 1,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 16,
+            "mamba_d_state": 16,
+            "mamba_ngroups": 1,
+            "initializer_range": 0.06,
+        },
+        "beside Mamba",
+        learn=False,
+    ),
 }
 
 
@@ -214,7 +331,6 @@ _LATENT = {
     "topk_group": 1,
     "num_key_value_heads": 4,
 }
-_STATE = "a recurrent state, as of Mamba or linear attention in "
 REFUSED = {
     "deepseek_v2": Refused(
         "DeepSeek-V2", "DeepseekV2Config", _LATENT, "MLA", "DeepseekV2ForCausalLM with .*MLA"
@@ -222,27 +338,15 @@ REFUSED = {
     "deepseek_v3": Refused(
         "DeepSeek-V3", "DeepseekV3Config", _LATENT, "MLA", "DeepseekV3ForCausalLM with .*MLA"
     ),
-    "mamba": Refused("Mamba", "MambaConfig", {}, "recurrent", _STATE + "layers 0-2$"),
-    "jamba": Refused(
-        "Jamba",
-        "JambaConfig",
-        {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2, "mamba_dt_rank": 4},
-        "recurrent",
-        _STATE + "layers 0, 2$",
+    "mamba": Refused(
+        "Mamba", "MambaConfig", {}, "recurrent", "MambaForCausalLM with .* a state in every layer"
     ),
-    "zamba": Refused(
-        "Zamba",
-        "ZambaConfig",
-        {
-            "attention_hidden_size": 128,
-            "attention_head_dim": 32,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "n_mamba_heads": 2,
-            "mamba_dt_rank": 4,
-        },
+    "recurrent_gemma": Refused(
+        "RecurrentGemma",
+        "RecurrentGemmaConfig",
+        {"head_dim": 16},
         "recurrent",
-        _STATE + "layers? ",
+        "RecurrentGemmaForCausalLM with .* a state in every layer",
     ),
     "t5": Refused(
         "T5", "T5Config", {"d_model": 64}, "cross", "cross-attention", "AutoModelForSeq2SeqLM"
@@ -275,12 +379,12 @@ REFUSED = {
         "MistralConfig",
         {"sliding_window": 8},
         "window",
-        "MistralForCausalLM with a sliding window or chunks in every layer",
+        "MistralForCausalLM with a sliding window, .* in every layer",
     ),
 }
 _WHY = {
     "MLA": "multi-head latent attention stores a latent vector instead of K",
-    "recurrent": "Mamba layers keep a state instead of K",
+    "recurrent": "their layers keep a state or a sliding window, nothing that grows",
     "cross": "cross-attention does not decode from a growing cache",
     "alibi": "it adds a bias to each logit",
     "own": "its attention does not go through transformers' attention interface",

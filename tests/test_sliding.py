@@ -59,7 +59,7 @@ def test_mask_must_keep_their_channels(plain, mask):
     keep = mask.keep.copy()
     keep[3, 1, 8:] = False
     other = leank.ChannelMask(keep, sink=3, recent=5)
-    message = "mask: expected every channel in layer 3, whose sliding window .*, got 75.0% of them"
+    message = "mask: expected every channel in layer 3, whose sliding window.*, got 75.0% of them"
     with pytest.raises(ValueError, match=message):
         leank.patch(plain, other)
     with pytest.raises(ValueError, match=message):
