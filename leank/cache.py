@@ -101,6 +101,7 @@ class LeanKCache(Cache):
         self.columns = None  # what leank.attention read from this forward's mask
         self._reached: set[tuple[int, str]] = set()  # layers, and what of them, by this forward
         self._due = 0  # columns after this forward
+        self._idle = _idle(config)
         self.sdpa: Callable | None = None  # for a model that does not use the attention interface
 
     @property
@@ -163,8 +164,8 @@ class LeanKCache(Cache):
         moved = {i for i, part in self._reached if part != "attention"}
         if len(lengths) > 1 or not moved:
             return len(lengths) > 1
-        has_cache = {i for i, is_dummy in enumerate(self.is_dummy) if not is_dummy}
-        return {i for i, _ in self._reached} != has_cache or lengths != [self._due]
+        expected = set(range(len(self.layers))) - self._idle
+        return {i for i, _ in self._reached} != expected or lengths != [self._due]
 
     def expect_prompt(self, n_columns: int) -> None:
         """
@@ -363,6 +364,14 @@ def _refuse_compiling() -> None:
         "torch.compile: not supported with a LeanKCache, which lives outside of torch; "
         "call the model that is not compiled"
     )
+
+
+def _idle(config: PretrainedConfig | None) -> set[int]:
+    """Return the layers that no forward reaches: experts or an MLP alone, as in Nemotron-H."""
+    if config is None:
+        return set()
+    types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    return {i for i, name in enumerate(types) if name in ("moe", "mlp")}
 
 
 def fitted(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> ChannelMask:

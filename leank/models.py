@@ -27,7 +27,7 @@ PREFIX = "leank_"
 # Kinds of cache layers, by exact type. One with full attention beside a state is pruned as well.
 PRUNED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 _LEFT = (DynamicSlidingWindowLayer, LinearAttentionLayer)
-if hasattr(cache_utils, "DummyLayer"):  # newer than 5.22
+if hasattr(cache_utils, "DummyLayer"):  # since 5.23
     _LEFT += (cache_utils.DummyLayer,)
 _TERMS = ("softcap", "sinks")  # each is an argument of `_C.decode`
 # Config entries by which logits are more than the product of hidden states and weights.
