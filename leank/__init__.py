@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from leank import _C, shipped
 from leank._C import LayerCache, decode
+from leank.mask_source import load_mask
 from leank.masks import ChannelMask, MaskFileError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "decode",
     "learn",
     "learn_many",
+    "load_mask",
     "make_cache",
     "patch",
     "shipped",

@@ -11,17 +11,17 @@ import copy
 import inspect
 import os
 import types
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import transformers
 from torch import nn
 
-from . import attention, shipped
+from . import attention
 from ._generate import HOOKS, REPLACED
 from .cache import HANDLE, LeanKCache, fitted, patch_of, resolve_window
 from .cache_layer import LeanKLayer
+from .mask_source import load_mask
 from .masks import ChannelMask
 from .models import PREFIX, Layout, inspect_model
 
@@ -135,6 +135,7 @@ def patch(
     recent: int | None = None,
     slack: int = 64,
     prefill: Literal["dense", "pruned"] = "dense",
+    revision: str | None = None,
 ) -> Patch:
     """
     Make ``model.generate`` keep a pruned K cache, until ``unpatch`` or the end of a ``with`` block.
@@ -152,8 +153,8 @@ def patch(
         own cache. A model that is set to flash or flex attention uses sdpa, or else eager
         attention, until `unpatch`. The model is asked to read two tokens.
     mask : ChannelMask, path or name
-        Channels to keep, [layers, KV heads, head dim]; or a mask file; or a name that
-        ``leank masks`` lists.
+        Channels to keep, [layers, KV heads, head dim]; or a mask file, a name that ``leank masks``
+        lists, or a Hugging Face Hub repository, as `leank.load_mask` takes them.
     sink, recent : int, optional
         The window: first and last tokens whose K stays whole. Default: what the mask was learned
         with; must be given if the mask does not say.
@@ -163,6 +164,8 @@ def patch(
         "dense": the whole prompt of ``generate`` attends densely, also in chunks. "pruned": only
         its first chunk does, and the rest frees its dropped channels at once; the result depends on
         the chunks.
+    revision : str, optional
+        Branch, tag or commit, where ``mask`` is a repository.
 
     Returns
     -------
@@ -174,8 +177,8 @@ def patch(
     TypeError
         The model is no causal language model, ``mask`` is no mask, or a number is not an int.
     ValueError
-        The mask does not fit, the window is not known, the model is patched already, or its
-        attention is of a kind that cannot be pruned.
+        The mask cannot be read or does not fit, the window is not known, the model is patched
+        already, or its attention is of a kind that cannot be pruned.
     RuntimeError
         This version of transformers has no place to hook into.
 
@@ -185,9 +188,11 @@ def patch(
     ...     tokens = model.generate(**inputs, max_new_tokens=64)
     """
     if isinstance(mask, (str, os.PathLike)):
-        mask = _read_mask(mask)
+        mask = load_mask(mask, revision=revision)
+    elif revision is not None:
+        raise ValueError(f"revision: expected None with a ChannelMask, got {revision!r}")
     if not isinstance(mask, ChannelMask):
-        raise TypeError(f"mask: expected a ChannelMask or a path, got {type(mask).__name__}")
+        raise TypeError(f"mask: expected a ChannelMask or a name, got {type(mask).__name__}")
     if prefill not in ("dense", "pruned"):
         raise ValueError(f'prefill: expected "dense" or "pruned", got {prefill!r}')
     _check_free(model)
@@ -203,22 +208,6 @@ def patch(
     handle = Patch(model, mask, layout, window, prefill)
     handle._apply()
     return handle
-
-
-def _read_mask(mask: str | os.PathLike) -> ChannelMask:
-    path = Path(mask)
-    if path.suffix == ".pth":
-        raise ValueError(
-            "mask: expected a file that knows its window, got a .pth file; "
-            "use ChannelMask.from_pth(path, sink=, recent=)"
-        )
-    is_name = isinstance(mask, str) and path.name == mask and path.suffix != ".safetensors"
-    if not is_name or path.exists():
-        return ChannelMask.load(path)
-    try:
-        return shipped.load(mask)
-    except shipped.ShippedMaskError as error:
-        raise ValueError(f"mask: no such file, and as a {error}") from error
 
 
 def unpatch(model: nn.Module) -> None:

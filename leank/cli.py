@@ -25,6 +25,10 @@ app.add_typer(bench)
 app.command()(learn)
 
 
+# What `leank.load_mask` takes.
+_MASK = "Mask file, name that `leank masks` lists, or Hub repository (ORG/NAME)"
+
+
 class DType(enum.StrEnum):
     """Names of element types, as typer wants them."""
 
@@ -60,8 +64,8 @@ def demo(
         typer.Option(metavar="NAME_OR_PATH", help="causal language model; default: SmolLM2-135M."),
     ] = None,
     mask: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Mask file or .pth; default: the one for SmolLM2-135M."),
+        str | None,
+        typer.Option(metavar="MASK", help=f"{_MASK}; default: the one for SmolLM2-135M."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="UTF-8 text to read; default: a log.")
@@ -116,7 +120,7 @@ def demo(
 @app.command()
 def masks(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Tell all of this one.")
+        str | None, typer.Argument(metavar="MASK", help=f"{_MASK}: tell all of it.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the records instead, for programs.")
@@ -128,27 +132,33 @@ def masks(
 ) -> None:
     """List the masks in this package: what they keep, what they cost, how they were learned.
 
-    In Python, leank.shipped.load(NAME) returns one.
+    In Python, leank.load_mask(MASK) returns one.
     """
+    from leank.mask_source import load_mask
+    from leank.masks import MaskFileError
     from leank.masks_report import print_mask, print_masks
-    from leank.shipped import FOLDER, ShippedMaskError, find, shipped_masks
+    from leank.shipped import FOLDER, ShippedMaskError, find, numbers, shipped_masks
 
-    folder = folder or FOLDER
     try:
-        records = shipped_masks(folder) if name is None else [find(name, folder)]
-    except ShippedMaskError as error:
+        lines = [record.as_json() for record in shipped_masks(folder or FOLDER)]
+        if name is not None:
+            is_listed = any(line["name"] == name for line in lines) and not Path(name).exists()
+            if folder is not None or is_listed:
+                lines = [find(name, folder or FOLDER).as_json()]
+            else:
+                lines = [{"name": name, **numbers(load_mask(name))}]
+    except (MaskFileError, ModuleNotFoundError, ShippedMaskError) as error:
         typer.echo(f"leank masks: {error}", err=True)
         raise typer.Exit(2) from error
     except OSError as error:
         typer.echo(f"leank masks: {error.filename}: {error.strerror}", err=True)
         raise typer.Exit(2) from error
     if as_json:
-        lines = [record.as_json() for record in records]
         typer.echo(json.dumps(lines if name is None else lines[0], indent=1))
     elif name is None:
-        print_masks(records, Console())
+        print_masks(lines, Console())
     else:
-        print_mask(records[0], Console())
+        print_mask(lines[0], Console())
 
 
 @bench.command("decode")
@@ -158,7 +168,7 @@ def bench_decode(
         typer.Option(help="Mask widths that are in the package; default: all.", show_default=False),
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Mask file or .pth, instead of a profile.")
+        str | None, typer.Option(metavar="MASK", help=f"{_MASK}, instead of a profile.")
     ] = None,
     q_heads: Annotated[int | None, typer.Option(help="Query heads of the mask's model.")] = None,
     layers: Annotated[

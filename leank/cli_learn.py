@@ -119,7 +119,7 @@ def learn(
         str,
         typer.Option(
             "--start-from",  # torchrun takes --start for an option of its own, cut short
-            metavar="ones|moments|FILE",
+            metavar="ones|moments|MASK|FILE",
             help="First factors: 1, by q and k statistics, a mask or .npy file.",
             rich_help_panel=_STAGES,
         ),

@@ -17,7 +17,7 @@ import transformers
 from rich.console import Console
 
 import leank
-from leank import demo_text, shipped, smollm2
+from leank import demo_text, smollm2
 from leank.demo_measure import TIMED_STEPS, Bars, Measured, measure
 from leank.loading import quiet, reason
 
@@ -34,7 +34,7 @@ class Options:
     """The options of ``leank demo``; None is the demo's own."""
 
     model: str | None = None
-    mask: Path | None = None
+    mask: str | Path | None = None
     text: Path | None = None
     question: str | None = None
     max_new_tokens: int = 48
@@ -118,12 +118,7 @@ def _text_and_question(options: Options) -> tuple[str, str]:
 
 def _mask(options: Options) -> leank.ChannelMask:
     try:
-        if options.mask is None:
-            mask = shipped.load(_MASK)
-        elif options.mask.suffix == ".pth":
-            mask = leank.ChannelMask.from_pth(options.mask)
-        else:
-            mask = leank.ChannelMask.load(options.mask)
+        mask = leank.load_mask(options.mask or _MASK)
     except leank.MaskFileError as error:
         raise DemoError(f"mask: {error}") from error
     except OSError as error:

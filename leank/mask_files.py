@@ -56,7 +56,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
-        raise _missing("safetensors", "reading a mask file") from error
+        raise missing("safetensors", "reading a mask file") from error
     with open(path, "rb"):
         pass  # the system's own words for what is no file, or may not be read
     try:
@@ -134,7 +134,7 @@ def write(
     try:
         from safetensors.numpy import save
     except ModuleNotFoundError as error:
-        raise _missing("safetensors", "writing a mask file") from error
+        raise missing("safetensors", "writing a mask file") from error
     outside = fields["outside"]
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -155,7 +155,7 @@ def read_pth(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise _missing("torch", "reading a .pth file") from error
+        raise missing("torch", "reading a .pth file") from error
     with open(path, "rb"):
         pass
     try:
@@ -180,5 +180,7 @@ def read_pth(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
     return values == 1
 
 
-def _missing(package: str, purpose: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(f"{purpose} needs {package}: pip install 'leank[hf]'", name=package)
+def missing(package: str, purpose: str, extra: str = "hf") -> ModuleNotFoundError:
+    """Return the error that says what to install."""
+    text = f"{purpose} needs {package}: pip install 'leank[{extra}]'"
+    return ModuleNotFoundError(text, name=package)

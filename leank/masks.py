@@ -296,6 +296,39 @@ sink 4, recent 256, align 8>
         """
         mask_files.write(path, self.keep, dict(zip(_FIELDS, self._fields(), strict=True)))
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        message: str | None = None,
+    ) -> str:
+        """Write the mask into a Hugging Face Hub repository, which is made if there is none.
+
+        ``leank.load_mask(repo)`` and ``leank.patch(model, repo)`` read it. The token is that of
+        huggingface_hub (HF_TOKEN, or ``hf auth login``), and so are the exceptions.
+
+        Parameters
+        ----------
+        repo : str
+            "org/name".
+        revision : str, optional
+            Branch to write to; it must exist.
+        private : bool, optional
+            Of a new repository; default: what its owner chose.
+        message : str, optional
+            Of the commit.
+
+        Returns
+        -------
+        str
+            The commit's address.
+        """
+        from leank import mask_source  # not at the top: it imports this module
+
+        return mask_source.push(self, repo, revision=revision, private=private, message=message)
+
 
 def kept_shares(keep: npt.NDArray[np.bool_]) -> dict[str, float]:
     """Return what a mask [N, Hkv, D] stores outside the window, as shares of a dense cache.

@@ -10,12 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leank.shipped import ShippedMask
 
-
-def print_masks(records: Sequence[ShippedMask], console: Console) -> None:
-    """Print one line for each shipped mask; 80 columns are enough."""
-    if not records:
+def print_masks(lines: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print one line for each shipped mask, `ShippedMask.as_json`; 80 columns are enough."""
+    if not lines:
         console.print("No masks are shipped with this version.")
         return
     # Names are to be copied, so they get the room that a frame would take.
@@ -23,14 +21,14 @@ def print_masks(records: Sequence[ShippedMask], console: Console) -> None:
     table.add_column("name", no_wrap=True)
     for name in ("window", "align", "K kept", "KV bytes", "loss"):
         table.add_column(name, justify="right", no_wrap=True)
-    for record in records:
+    for line in lines:
         table.add_row(
-            record.name,
-            f"{record.sink}+{record.recent}",
-            str(record.align),
-            f"{record.kept_k:.1%}",
-            f"{record.kv_bytes:.1%}",
-            points(record.results.get("loss_points")),
+            line["name"],
+            f"{line['sink']}+{line['recent']}",
+            str(line["align"]),
+            f"{line['kept_k']:.1%}",
+            f"{line['kv_bytes']:.1%}",
+            points(line["results"].get("loss_points")),
         )
     console.print(table)
     console.print(
@@ -42,29 +40,35 @@ def print_masks(records: Sequence[ShippedMask], console: Console) -> None:
     )
 
 
-def print_mask(record: ShippedMask, console: Console) -> None:
-    """Print everything that is known of a shipped mask."""
+def print_mask(line: Mapping[str, Any], console: Console) -> None:
+    """Print everything that is known of a mask: a shipped one's record, or another's numbers."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
-    where = record.gpu or "a CPU"
+    window = "not known"
+    if line["sink"] is not None and line["recent"] is not None:
+        window = f"the first {line['sink']:,} and the last {line['recent']:,} tokens keep all"
     rows = {
-        "name": record.name,
-        "model": record.model,
-        "window": f"the first {record.sink:,} and the last {record.recent:,} tokens keep all",
-        "K kept": f"{record.kept_k:.2%} ({record.ratio:.2%} dropped), "
-        f"in multiples of {record.align} channels",
-        "V kept": f"{record.kept_v:.2%}; {record.empty_heads:.2%} of the heads are empty",
-        "KV bytes": f"{record.kv_bytes:.2%} of a dense cache, outside the window",
-        "learned": f"in {record.seconds:.1f} s on {where}, seed {record.seed}, "
-        f"commit {record.commit}",
-        "command": record.command,
+        "name": line["name"],
+        "model": line["model"] or "not known",
+        "window": window,
+        "K kept": f"{line['kept_k']:.2%} ({line['ratio']:.2%} dropped), "
+        f"in multiples of {line['align']} channels",
+        "V kept": f"{line['kept_v']:.2%}; {line['empty_heads']:.2%} of the heads are empty",
+        "KV bytes": f"{line['kv_bytes']:.2%} of a dense cache, outside the window",
     }
+    if "command" in line:
+        rows["learned"] = (
+            f"in {line['seconds']:.1f} s on {line['gpu'] or 'a CPU'}, seed {line['seed']}, "
+            f"commit {line['commit']}"
+        )
+        rows["command"] = line["command"]
     for name, value in rows.items():
         grid.add_row(f" {name}", Text(value))
     console.print(grid)
-    if record.results.get("kinds"):
-        console.print(scores_table(record.results))
+    results = line.get("results", {})
+    if results.get("kinds"):
+        console.print(scores_table(results))
 
 
 def scores_table(result: Mapping[str, Any]) -> Table:

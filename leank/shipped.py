@@ -137,7 +137,7 @@ def load(name: str, folder: str | os.PathLike[str] = FOLDER) -> ChannelMask:
     """
     record = find(name, folder)
     mask = ChannelMask.load(_file(folder, name))
-    for key, value in _numbers(mask).items():
+    for key, value in numbers(mask).items():
         if getattr(record, key) != value:
             raise ShippedMaskError(
                 f"{_file(folder, name)}: expected {key} {getattr(record, key)!r} as in the index, "
@@ -187,7 +187,7 @@ def add(
     if mask.sink is None or mask.recent is None:
         raise ValueError(f"mask: expected a known window, got {mask!r}")
     made = dict(seed=seed, command=command, gpu=gpu, seconds=seconds, commit=commit)
-    record = ShippedMask(name=name, **_numbers(mask), **made, results=results)
+    record = ShippedMask(name=name, **numbers(mask), **made, results=results)
     path = Path(folder, _INDEX)
     others = shipped_masks(folder) if path.exists() else []
     records = [*(other for other in others if other.name != name), record]
@@ -205,13 +205,13 @@ def _file(folder: str | os.PathLike[str], name: str) -> Path:
     return Path(folder, f"{name}.safetensors")
 
 
-def _numbers(mask: ChannelMask) -> dict[str, Any]:
-    """Return what the index says of a mask and its file tells as well."""
+def numbers(mask: ChannelMask) -> dict[str, Any]:
+    """Return what the index says of a mask and its file tells as well; None is unknown."""
     return {
         "model": mask.model,
         "ratio": mask.ratio,
         "align": mask.align,
         "sink": mask.sink,
         "recent": mask.recent,
-        **kept_shares(mask.keep),
+        **kept_shares(mask.inside),
     }

@@ -108,7 +108,8 @@ def test_a_mask_file_instead_of_a_profile(mask_file):
             ["--mask", "FILE", "--profile", "all", "--q-heads", "4"],
             "profile: expected none with --mask, got all",
         ),
-        (["--mask", "none"], "mask: none: No such file or directory"),
+        (["--mask", "none.pth"], "mask: none.pth: No such file or directory"),
+        (["--mask", "none"], "mask: none: no such file, and as a name: expected one of "),
         (["--mask", "SPOILT"], r"mask: .*spoilt: expected a safetensors file, got 50 bytes"),
     ],
 )

@@ -47,7 +47,7 @@ class Options:
     """The options of ``leank bench decode``."""
 
     profile: str | None = None  # one name or "all"; None is all unless there is a mask
-    mask: Path | None = None
+    mask: str | Path | None = None
     q_heads: int | None = None
     layers: int | None = None
     shapes: tuple[str, ...] = ()
@@ -116,8 +116,7 @@ def plan(options: Options) -> list[Work]:
 def _work_of_mask(options: Options, shapes: tuple[Shape, ...]) -> Work:
     path = options.mask
     try:
-        read = leank.ChannelMask.from_pth if path.suffix == ".pth" else leank.ChannelMask.load
-        keep = read(path).keep
+        keep = leank.load_mask(path).keep
     except leank.MaskFileError as error:
         raise BenchError(f"mask: {error}") from error
     except OSError as error:
@@ -129,7 +128,7 @@ def _work_of_mask(options: Options, shapes: tuple[Shape, ...]) -> Work:
             f"got {'none' if n_q_heads is None else n_q_heads}"
         )
     keep = _some_layers(keep, options.layers)
-    return Work(path.name, keep, n_q_heads, shapes or _SHAPES["llama-3.1-8b"])
+    return Work(Path(path).name, keep, n_q_heads, shapes or _SHAPES["llama-3.1-8b"])
 
 
 def _some_layers(keep: npt.NDArray[np.bool_], n: int | None) -> npt.NDArray[np.bool_]:

@@ -54,7 +54,7 @@ class Request:
     settings : Settings
         How to learn; its ratio and align do not count.
     data : DataSettings
-    start : "ones", "moments" or path
+    start : "ones", "moments", path or name of a mask
         Factors that stage 1 begins with: 1; 0.5 to 1 in the order of the channels' second moments;
         those of a ``.npy`` file [N, Hkv, D]; or 1 where a mask file keeps a channel, else 0.
     output : path, optional
@@ -230,13 +230,13 @@ class Plan:
             if Path(start).suffix == ".npy":
                 alpha = np.load(start, allow_pickle=False).astype(np.float32)
             else:
-                alpha = ChannelMask.load(start).keep.astype(np.float32)
+                alpha = leank.load_mask(start).keep.astype(np.float32)
         except MaskFileError as error:
             raise LearnError(f"start: {error}") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise LearnError(
-                f"start: expected {', '.join(STARTS)}, a mask file or .npy, got {start}: {reason}"
+                f"start: expected {', '.join(STARTS)}, a mask or .npy file, got {start}: {reason}"
             ) from error
         if alpha.shape != shape or not ((alpha >= 0) & (alpha <= 1)).all():
             raise LearnError(
