@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from leank._patch import make_cache, patch, unpatch
     from leank.cache import LeanKCache
     from leank.learning.run import learn, learn_many
+    from leank.memory import memory_report
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _NEEDS_TORCH = {
     "learn": "leank.learning.run",
     "learn_many": "leank.learning.run",
     "make_cache": "leank._patch",
+    "memory_report": "leank.memory",
     "patch": "leank._patch",
     "unpatch": "leank._patch",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "learn_many",
     "load_mask",
     "make_cache",
+    "memory_report",
     "patch",
     "shipped",
     "unpatch",
