@@ -192,7 +192,7 @@ def test_smollm2_failed_conversion_leaves_nothing(monkeypatch, tmp_path):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("source", ["README.md", "examples/generate.py"])
+@pytest.mark.parametrize("source", ["README.md", "examples/generate.py", "examples/chat.py"])
 def test_what_a_newcomer_runs(source, tmp_path):
     pytest.importorskip("transformers")
     smollm2.model_path()
@@ -205,11 +205,15 @@ def test_what_a_newcomer_runs(source, tmp_path):
         [sys.executable, "newcomer.py"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"},
+        input="Where does the key of the boat house hang?\nBehind which door?\n",  # for the chat
         capture_output=True,
         text=True,
         check=True,
     )
-    if source == "README.md":
+    if source == "examples/chat.py":
+        numbers = r"\d+ tokens: ([\d,]+) bytes, dense ([\d,]+)\n$"
+        pattern = rf"empty line ends\.\n.*green door.*\n.*door.*\n{numbers}"
+    elif source == "README.md":
         pattern = r"[\d,]+ tokens: ([\d,]+) bytes, dense ([\d,]+)\n$"
     else:
         pattern = r"pruned: .*green door.* \(([\d,]+) bytes\)\ndense: .* \(([\d,]+) bytes\)\n$"
