@@ -7,10 +7,11 @@ an answer is dense. Each calls the class's method for the rest.
 from __future__ import annotations
 
 import contextvars
+import inspect
 import warnings
 
 import transformers
-from transformers.generation import GenerationMode
+from transformers.generation import GenerationMixin, GenerationMode
 
 from .cache import LeanKCache, patch_of
 
@@ -20,6 +21,9 @@ _MODES = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
+# What generate() calls the cache among a model's arguments: the one since 5.24, or the other.
+_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 # How the class's versions of the methods in REPLACED must begin.
 HOOKS = {
     "generate": ["self"],
@@ -78,7 +82,7 @@ def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args
     call = _current.get() or _Call()
     call.prepared = True
     handle = patch_of(self)
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(_CACHE)
     if given is not None and not isinstance(given, LeanKCache):
         call.dense = f"past_key_values is a {type(given).__name__}, not a LeanKCache"
     elif given is None and generation_config.use_cache is False:
@@ -86,7 +90,7 @@ def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args
     else:
         _refuse(generation_config, generation_mode)
         if given is None:
-            model_kwargs["past_key_values"] = call.cache = handle.make_cache()
+            model_kwargs[_CACHE] = call.cache = handle.make_cache()
             return None
         if generation_config.use_cache is False:
             raise ValueError("use_cache: expected True with a LeanKCache, got False")
@@ -99,7 +103,7 @@ def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args
 
 def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
     """Announce the prompt, which is known here before it is cut into chunks."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(_CACHE)
     if isinstance(cache, LeanKCache) and cache.get_seq_length() == 0:
         prompt = model_kwargs.get("inputs_embeds")
         n_columns = (input_ids if prompt is None else prompt).shape[1]

@@ -248,7 +248,7 @@ class LeanKCache(Cache):
             if layer.is_initialized and (layer.record_past or layer.get_seq_length() > n_columns):
                 layer.crop(n_columns - layer.get_seq_length())
         for layer in self._with_state():
-            if n_columns and layer.record_past:
+            if n_columns and layer.record_past and any(layer.is_conv_states_initialized.values()):
                 LinearAttentionCacheLayerMixin.crop(layer, n_columns - lengths[0])
         self._reached.clear()
 

@@ -367,12 +367,12 @@ REFUSED = {
         "alibi",
         "FalconForCausalLM with alibi",
     ),
-    "gptj": Refused(
-        "GPT-J",
-        "GPTJConfig",
-        {"n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8},
+    "gpt_neo": Refused(
+        "GPT-Neo",
+        "GPTNeoConfig",
+        {"num_layers": 3, "num_heads": 4, "attention_types": [[["global"], 3]]},
         "own",
-        r"attention interface or torch's .*, got GPTJForCausalLM computing with K \(\w+\)",
+        r"attention interface or torch's .*, got GPTNeoForCausalLM computing with K \(\w+\)",
     ),
     "windows": Refused(
         "Mistral with a window",

@@ -23,6 +23,12 @@ def filled(model, lengths=(40, 12, 25), seed=1):
     return cache, torch.cat([mask, torch.ones_like(more)], 1), more
 
 
+def enable_checkpointing(model):
+    """Turn gradient checkpointing on, by the name of this transformers."""
+    name = "activation_checkpointing_enable"  # since 5.23
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+
+
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4)
 

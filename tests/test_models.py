@@ -12,7 +12,7 @@ import leank  # noqa: E402
 from leank.models import inspect_structure  # noqa: E402
 
 from .families import FAMILIES  # noqa: E402
-from .hf_tools import traces  # noqa: E402
+from .hf_tools import enable_checkpointing, traces  # noqa: E402
 from .tiny_models import D, generate, logits, prompts, pruned, tiny  # noqa: E402
 
 
@@ -211,7 +211,7 @@ def test_flash_and_flex_wait_until_unpatch(base, name):
 def test_probe_leaves_no_trace():
     """Also of a model in training, with dropout and gradient checkpointing."""
     model = tiny(attention_dropout=0.5)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     model.train()
     model.model.layers[1].eval()
     before, state = traces(model), torch.get_rng_state()

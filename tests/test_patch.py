@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 import leank  # noqa: E402
 
-from .hf_tools import traces  # noqa: E402
+from .hf_tools import enable_checkpointing, traces  # noqa: E402
 from .tiny_models import (  # noqa: E402
     FAMILIES,
     HKV,
@@ -256,7 +256,7 @@ def test_empty_prompt_refused(model):
 
 def test_gradient_checkpointing_in_training_refused():
     model = tiny()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     ids, _ = prompts([10])
     with leank.patch(model, pruned()):
         cache = leank.make_cache(model)
