@@ -60,7 +60,10 @@ def _generate(self, *args, **kwargs):
         result = type(self).generate(self, *args, **kwargs)
     finally:
         _current.reset(token)
-    unused = call.cache is not None and call.cache.get_seq_length() == call.n_columns
+    # By any layer: one that attends by itself would be dense, and no other would show it.
+    unused = call.cache is not None and any(
+        layer.get_seq_length() == call.n_columns for layer in call.cache.packed
+    )
     if not call.prepared or unused:
         missed = "use the model's cache" if call.prepared else "ask the model for its cache"
         raise RuntimeError(

@@ -340,6 +340,40 @@ def test_generate_that_loses_the_cache(model, monkeypatch):
             generate(model, prompts([10])[0])
 
 
+def without_cache(module):
+    """Let an attention module ignore the cache that it is given."""
+    inherited = module.forward
+
+    def forward(*args, **kwargs):
+        names = ("past_key_values", "cache")
+        return inherited(*args, **kwargs | {name: None for name in names if name in kwargs})
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize("layer", range(N))
+def test_attention_that_ignores_the_cache(layer):
+    """In one layer, and also if generate() ends before a second forward could notice."""
+    model = tiny()
+    with leank.patch(model, pruned()):
+        without_cache(model.model.layers[layer].self_attn)
+        with pytest.raises(RuntimeError, match="did not use the model's cache"):
+            generate(model, prompts([10])[0], n=1)
+        with pytest.raises(RuntimeError, match="did not use the model's cache|did not finish"):
+            generate(model, prompts([10])[0])
+    with pytest.raises(ValueError, match=f"got none of layer {layer} in LlamaForCausalLM"):
+        leank.patch(model, pruned())
+
+
+def test_attention_that_ignores_the_name_of_the_implementation(model, monkeypatch):
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    other = functions["sdpa"]
+    with leank.patch(model, pruned()):
+        monkeypatch.setattr(type(functions), "get_interface", lambda *args: other)
+        with pytest.raises(RuntimeError, match="a model that is not patched"):
+            generate(model, prompts([10])[0])
+
+
 def test_unknown_version_refused(model, monkeypatch):
     monkeypatch.setattr(type(model), "_prefill", lambda self, inputs: inputs)
     with pytest.raises(RuntimeError, match="expected LlamaForCausalLM._prefill to begin with"):
