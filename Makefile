@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MATRIX_ARGS ?=
 
 C_FILES := $(wildcard csrc/*.c csrc/*.h)
 CUDA_FILES := $(wildcard kernels/*.c kernels/*.h kernels/*.cu kernels/*.cuh kernels/inst/*.cu)
@@ -108,6 +109,7 @@ long: build model
 	$(BIN)/python -m tests.capi.build --cc $(CC) --sanitize $(SANITIZE) --out build/capi-sanitize
 	build/capi-sanitize/test_capi 300
 	$(BIN)/python -m pytest -m 'long or not long' $(PYTEST_ARGS)
+	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info leank/*.so .pytest_cache .ruff_cache .hypothesis
