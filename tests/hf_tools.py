@@ -8,6 +8,8 @@ import leank
 
 from .tiny_models import VOCAB, prompts
 
+CACHE_NAMES = {"cache", "past_key_values"}  # of the argument: since 5.24, and before
+
 
 @torch.no_grad()
 def forward(model, ids, cache, mask=None):

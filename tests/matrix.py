@@ -67,9 +67,7 @@ def _alone(python: str, numpy: str) -> Combination:
 # The oldest and the newest of each, and the pins; pyproject.toml allows what passes here.
 COMBINATIONS = (
     Combination(),
-    Combination(transformers="5.18.0"),
-    Combination(transformers="5.20.2"),
-    Combination(transformers="5.22.2"),
+    Combination(transformers="5.22.0"),
     Combination(transformers="5.24.0"),
     Combination(numpy="1.26.4"),
     Combination(torch="2.6.0"),

@@ -12,7 +12,7 @@ import leank  # noqa: E402
 from leank.models import inspect_structure  # noqa: E402
 
 from .families import FAMILIES  # noqa: E402
-from .hf_tools import enable_checkpointing, traces  # noqa: E402
+from .hf_tools import CACHE_NAMES, enable_checkpointing, traces  # noqa: E402
 from .tiny_models import D, generate, logits, prompts, pruned, tiny  # noqa: E402
 
 
@@ -33,12 +33,12 @@ class OwnAttention(LlamaAttention):
 
     way = ""
 
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            past_key_values = Between(past_key_values, self.way)
+    def forward(self, hidden_states, **kwargs):
+        for name in CACHE_NAMES & set(kwargs):
+            kwargs[name] = Between(kwargs[name], self.way)
         if self.way == "window":
             kwargs["sliding_window"] = 8
-        return super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+        return super().forward(hidden_states, **kwargs)
 
 
 class Between:

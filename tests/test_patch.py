@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 import leank  # noqa: E402
 
-from .hf_tools import enable_checkpointing, traces  # noqa: E402
+from .hf_tools import CACHE_NAMES, enable_checkpointing, traces  # noqa: E402
 from .tiny_models import (  # noqa: E402
     FAMILIES,
     HKV,
@@ -330,7 +330,7 @@ def test_generate_that_never_asks_for_a_cache(model, monkeypatch):
 
 def test_generate_that_loses_the_cache(model, monkeypatch):
     def prefill(self, input_ids, generation_config, model_kwargs, **options):
-        model_kwargs["past_key_values"] = transformers.DynamicCache()
+        model_kwargs |= dict.fromkeys(CACHE_NAMES & set(model_kwargs), transformers.DynamicCache())
         return inherited(self, input_ids, generation_config, model_kwargs, **options)
 
     inherited = type(model)._prefill
@@ -345,8 +345,7 @@ def without_cache(module):
     inherited = module.forward
 
     def forward(*args, **kwargs):
-        names = ("past_key_values", "cache")
-        return inherited(*args, **kwargs | {name: None for name in names if name in kwargs})
+        return inherited(*args, **kwargs | dict.fromkeys(CACHE_NAMES & set(kwargs)))
 
     module.forward = forward
 
