@@ -2,7 +2,8 @@
 
 Each combination gets a virtual environment with the package built for it, and a copy of the tests
 beside which there is no source of the package. torch is taken as a CPU wheel or not at all: what is
-not to be had from pip's sources, and what has no interpreter, is said to be untested.
+not to be had from pip's sources, and what has no interpreter, is said to be untested. What pip and
+pytest said is in log.txt of each combination's folder.
 """
 
 from __future__ import annotations
@@ -99,17 +100,17 @@ def run(combination: Combination, folder: Path) -> str:
         _call([python, "-m", "venv", str(folder / "venv")], log)
         # Before the package, so that nothing else decides on these versions.
         if not _call([*pip, "install", "--only-binary", ":all:", *combination.requirements], log):
-            return f"untested: pip finds no wheels of all these ({folder / 'log.txt'})"
+            return "untested: pip finds no wheels of all these"
         environment = os.environ | {"LEANK_CUDA": "0"}
         if not _call([*pip, "install", "--no-deps", str(ROOT)], log, env=environment):
-            return f"FAILED to build ({folder / 'log.txt'})"
+            return "FAILED to build"
         names = ARRAYS if combination.torch is None else ARRAYS + MODELS
         tests = [f"tests/test_{name}.py" for name in names]
         words = [pip[0], "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
         words += ["-m", "not model and not long", *tests]
         passed = _call(words, log, cwd=tree)
     last = (folder / "log.txt").read_text().strip().splitlines()[-1].strip("= ")
-    return last if passed else f"FAILED: {last} ({folder / 'log.txt'})"
+    return last if passed else f"FAILED: {last}"
 
 
 def _call(words: list[str], log, **options) -> bool:
