@@ -8,6 +8,7 @@ implementation in its config, one instance attribute for each method in ``REPLAC
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import os
 import types
@@ -150,10 +151,11 @@ def patch(
         A causal language model on the CPU, in float32, bfloat16 or float16, that attends to stored
         K and V; layers with a sliding window or chunks keep transformers' own cache. A model that
         is set to flash or flex attention uses sdpa, or else eager attention, until `unpatch`. The
-        model is asked to read two tokens.
+        model is asked to read two tokens. Of a model that is cut between processes by tensor
+        parallelism, each process prunes the KV heads that it has: call this in all of them.
     mask : ChannelMask, path or name
-        Channels to keep, [layers, KV heads, head dim]; or a mask file; or a name that
-        ``leank masks`` lists.
+        Channels to keep, [layers, KV heads, head dim] of the whole model; or a mask file; or a name
+        that ``leank masks`` lists.
     sink, recent : int, optional
         The window: first and last tokens whose K stays whole. Default: what the mask was learned
         with; must be given if the mask does not say.
@@ -198,6 +200,7 @@ def patch(
             f"got {mask.keep.shape}"
         )
     mask = fitted(mask, layout.n_layers, layout.outside)
+    mask = dataclasses.replace(mask, keep=mask.keep[:, layout.own_heads])
     window = resolve_window(mask, sink, recent, slack)
     _check_hooks(type(model))
     handle = Patch(model, mask, layout, window, prefill)

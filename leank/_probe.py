@@ -160,7 +160,7 @@ def run(model: nn.Module, name: str, pruned: set[int]) -> Seen:
 
 def _run(model: nn.Module, name: str, seen: Seen, pruned: set[int]) -> Seen:
     cache = _Cache(model.config, seen, pruned)
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model.get_input_embeddings())
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:
         with torch.no_grad(), _attending(model, name), _evaluating(model):
@@ -207,6 +207,15 @@ def layers_text(layers: Iterable[int]) -> str:
             runs.append([i, i])
     names = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
     return f"layer{'s' * (len(layers) > 1)} {names}"
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module with weights computes; accelerate's hooks may keep them elsewhere."""
+    first = getattr(module, "_hf_hook", None)
+    for hook in getattr(first, "hooks", [first]):  # of several, a SequentialHook
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return next(module.parameters()).device
 
 
 @contextlib.contextmanager
