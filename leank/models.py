@@ -78,7 +78,7 @@ class Layout:
         return slice(self.rank * n_own, (self.rank + 1) * n_own)
 
 
-def inspect_model(model: nn.Module) -> Layout:
+def inspect_model(model: nn.Module, beneath: str | None = None) -> Layout:
     """
     Check that a model can be patched, also where it computes, and return its layout.
 
@@ -96,7 +96,7 @@ def inspect_model(model: nn.Module) -> Layout:
         raise ValueError(
             f"model: expected all weights on the CPU (this version decodes there), got {others}"
         )
-    return inspect_structure(model)
+    return inspect_structure(model, beneath)
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -134,7 +134,7 @@ def inspect_learnable(model: nn.Module) -> Layout:
     return layout
 
 
-def inspect_structure(model: nn.Module) -> Layout:
+def inspect_structure(model: nn.Module, beneath: str | None = None) -> Layout:
     """
     Check that LeanK can stand in for a model's cache, wherever its weights are.
 
@@ -145,6 +145,8 @@ def inspect_structure(model: nn.Module) -> Layout:
     model : nn.Module
         Any object; everything but a causal language model of transformers is refused. Its weights
         may be on the device "meta".
+    beneath : str, optional
+        The implementation that stands for ours, if its config is that of a patched model too.
 
     Returns
     -------
@@ -162,7 +164,7 @@ def inspect_structure(model: nn.Module) -> Layout:
     _check_class(model)
     _check_kind(model)
     outside = _outside(model)
-    name, base = _implementation(model)
+    name, base = _implementation(model, beneath)
     ranks = _ranks(model)
     seen = _probe.run(model, name, set(range(_n_layers(model))) - set(outside))
     n_own_heads, head_dim = _sizes(seen)
@@ -197,8 +199,11 @@ def _n_layers(model: nn.Module) -> int:
 
 def _check_class(model: object) -> None:
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        is_peft = hasattr(model, "get_base_model")
+        remedy = "; patch model.get_base_model(), which it runs" if is_peft else ""
         raise TypeError(
-            f"model: expected a causal language model of transformers, got {type(model).__name__}"
+            "model: expected a causal language model of transformers, "
+            f"got {type(model).__name__}{remedy}"
         )
 
 
@@ -291,15 +296,17 @@ def _head_ranks(model: nn.Module, n_own_heads: int, rank: int, n_ranks: int) -> 
     )
 
 
-def _implementation(model: nn.Module) -> tuple[str, str]:
+def _implementation(model: nn.Module, beneath: str | None) -> tuple[str, str]:
     """Return the implementation that the configs name, and the one to use while patched."""
     configs = (model.config, model.base_model.config, text_config(model))
-    names = sorted({str(config._attn_implementation) for config in configs})
+    names = {str(config._attn_implementation) for config in configs}
+    if beneath is not None:
+        names = {beneath if name.startswith(PREFIX) else name for name in names}
+    names = sorted(names)
     if any(name.startswith(PREFIX) for name in names):
         raise ValueError(
-            "model: its config object is shared with a model that is patched already; "
-            "unpatch the other one, or give this model a config of its own (copy.deepcopy) and "
-            "call model.set_attn_implementation('sdpa')"
+            "model: its config is that of a model that is patched already, or a copy of it; "
+            "unpatch that model, or call model.set_attn_implementation('sdpa') for a copy"
         )
     name = names[0]
     if len(names) == 1 and name in BASES:
