@@ -8,9 +8,12 @@ implementation in its config, one instance attribute for each method in ``REPLAC
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import os
+import threading
 import types
+import weakref
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +30,10 @@ from .models import PREFIX, Layout, inspect_model
 
 # Where generate() keeps a compiled forward: it was traced with the other attention.
 _COMPILED = ("_compiled_call", "_last_compile_config")
+# Models may share a config object, and threads may patch them at once: one patch, one unpatch after
+# the other, each of which knows of the others in force.
+_lock = threading.RLock()
+_in_force: weakref.WeakSet[Patch] = weakref.WeakSet()
 
 
 class Patch:
@@ -61,6 +68,7 @@ class Patch:
         memo[id(self)] = new
         for name, value in self.__dict__.items():
             new.__dict__[name] = copy.deepcopy(value, memo)
+        _in_force.add(new)
         return new
 
     def __reduce_ex__(self, protocol: int):
@@ -91,19 +99,23 @@ class Patch:
             if hasattr(type(self.model), name):
                 state[name] = types.MethodType(function, self.model)
         state[HANDLE] = self
+        _in_force.add(self)
         if self.layout.interface:
             for config in self.layout.configs:
                 config._attn_implementation = PREFIX + self.layout.base
 
     def _undo(self) -> None:
-        for config in self.layout.configs:
-            # Someone may have chosen another implementation since; that choice stays.
-            if config._attn_implementation == PREFIX + self.layout.base:
-                config._attn_implementation = self.layout.name
-        state = self.model.__dict__
-        for name in (*REPLACED, *_COMPILED, HANDLE):
-            state.pop(name, None)
-        state.update(self._compiled)
+        with _lock:
+            _in_force.discard(self)
+            for config in self.layout.configs:
+                # Someone may have chosen another implementation since; that choice stays.
+                ours = config._attn_implementation == PREFIX + self.layout.base
+                if ours and _patch_with(config) is None:
+                    config._attn_implementation = self.layout.name
+            state = self.model.__dict__
+            for name in (*REPLACED, *_COMPILED, HANDLE):
+                state.pop(name, None)
+            state.update(self._compiled)
 
     def check_cache(self, cache: LeanKCache) -> None:
         """Require that a user's cache prunes as this patch does."""
@@ -150,10 +162,11 @@ def patch(
         A causal language model on the CPU, in float32, bfloat16 or float16, that attends to stored
         K and V; layers with a sliding window or chunks keep transformers' own cache. A model that
         is set to flash or flex attention uses sdpa, or else eager attention, until `unpatch`. The
-        model is asked to read two tokens.
+        model is asked to read two tokens. Of a model that is cut between processes by tensor
+        parallelism, each process prunes the KV heads that it has: call this in all of them.
     mask : ChannelMask, path or name
-        Channels to keep, [layers, KV heads, head dim]; or a mask file; or a name that
-        ``leank masks`` lists.
+        Channels to keep, [layers, KV heads, head dim] of the whole model; or a mask file; or a name
+        that ``leank masks`` lists.
     sink, recent : int, optional
         The window: first and last tokens whose K stays whole. Default: what the mask was learned
         with; must be given if the mask does not say.
@@ -167,7 +180,8 @@ def patch(
     Returns
     -------
     Patch
-        Context manager, to be ignored where ``unpatch`` is called instead.
+        Context manager, to be ignored where ``unpatch`` is called instead. Patches of several
+        models may end in any order. Threads may each patch and run a model of their own.
 
     Raises
     ------
@@ -190,19 +204,29 @@ def patch(
         raise TypeError(f"mask: expected a ChannelMask or a path, got {type(mask).__name__}")
     if prefill not in ("dense", "pruned"):
         raise ValueError(f'prefill: expected "dense" or "pruned", got {prefill!r}')
-    _check_free(model)
-    layout = inspect_model(model)
-    if mask.keep.shape != layout.mask_shape:
-        raise ValueError(
-            f"mask: expected {layout.mask_shape} [layers, kv_heads, head_dim], "
-            f"got {mask.keep.shape}"
-        )
-    mask = fitted(mask, layout.n_layers, layout.outside)
-    window = resolve_window(mask, sink, recent, slack)
-    _check_hooks(type(model))
-    handle = Patch(model, mask, layout, window, prefill)
-    handle._apply()
+    with _lock:
+        _check_free(model)
+        sharer = _patch_with(getattr(model, "config", None))
+        layout = inspect_model(model, None if sharer is None else sharer.layout.name)
+        if mask.keep.shape != layout.mask_shape:
+            raise ValueError(
+                f"mask: expected {layout.mask_shape} [layers, kv_heads, head_dim], "
+                f"got {mask.keep.shape}"
+            )
+        mask = fitted(mask, layout.n_layers, layout.outside)
+        mask = dataclasses.replace(mask, keep=mask.keep[:, layout.own_heads])
+        window = resolve_window(mask, sink, recent, slack)
+        _check_hooks(type(model))
+        handle = Patch(model, mask, layout, window, prefill)
+        handle._apply()
     return handle
+
+
+def _patch_with(config: object) -> Patch | None:
+    """Return a patch in force that has renamed the attention in this config object."""
+    return next(
+        (patch for patch in _in_force if any(own is config for own in patch.layout.configs)), None
+    )
 
 
 def _read_mask(mask: str | os.PathLike) -> ChannelMask:

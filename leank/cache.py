@@ -241,6 +241,8 @@ class LeanKCache(Cache):
         """
         Sum the live buffers of the pruned layers; pages that rows share count once.
 
+        Under tensor parallelism it is what this process has; others may have more or less.
+
         Returns
         -------
         dict
