@@ -145,11 +145,13 @@ def test_patched_draft_equals_the_rule(model, draft, monkeypatch):
         return out
 
     monkeypatch.setattr(type(draft), "generate", watched)
+    # In the first page: transformers feeds the last token of the prompt again, which is dense.
+    ids = repetitive()[:, :60]
     with leank.patch(draft, pruned(), slack=0):
-        model.generate(repetitive(), max_new_tokens=65, do_sample=False, assistant_model=draft)
+        model.generate(ids, max_new_tokens=65, do_sample=False, assistant_model=draft)
     assert len(seen) > 10 and seen[0][1].shape[1] == 60
     for ids, scores in seen:
-        with torch.no_grad(), oracle(draft, pruned(), 90):
+        with torch.no_grad(), oracle(draft, pruned(), 60):
             expected = draft(ids).logits[:, -scores.shape[1] - 1 : -1]
         close(scores, expected)
 
