@@ -1,11 +1,32 @@
-"""Prompt lookup with a pruned K cache, token for token as greedy: python examples/assisted.py."""
+"""Prompt lookup with a pruned K cache gives greedy's text: python examples/assisted.py."""
 
 import time
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 
 import leank
 from leank.smollm2 import model_path
+
+
+class Clock(BaseStreamer):
+    """Notes when tokens come, and how many: the prompt, then those of each forward."""
+
+    def __init__(self):
+        self.ticks = []
+
+    def put(self, tokens):
+        self.ticks.append((time.perf_counter(), tokens.numel()))
+
+    def end(self):
+        pass
+
+    def report(self):
+        (start, _), *ticks = self.ticks[1:]  # from the first new token on: not the prompt
+        n_tokens = sum(n for _, n in ticks)
+        speed = n_tokens / (ticks[-1][0] - start)
+        return f"{speed:.1f} tokens per second, {n_tokens / len(ticks):.1f} per forward"
+
 
 path = model_path()
 tokenizer = AutoTokenizer.from_pretrained(path)
@@ -14,24 +35,19 @@ model = AutoModelForCausalLM.from_pretrained(path)
 lines = [f"On day {i} the boat came back at {i % 12 + 1} with fish." for i in range(1, 120)]
 text = "\n".join([*lines, *lines[:10], "On day 11"])  # what follows stands further up
 inputs = tokenizer(text, return_tensors="pt")
-settings = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+lookup = {"prompt_lookup_num_tokens": 8, "max_matching_ngram_size": 6}
 
 
-def run(name, **drafts):
-    """Generate and print the speed; returns the new text."""
-    start = time.perf_counter()
-    model.generate(**inputs, **settings | {"max_new_tokens": 1, "min_new_tokens": 1})
-    prompt_s = time.perf_counter() - start  # not what drafts make faster
-    start = time.perf_counter()
-    out = model.generate(**inputs, **settings, **drafts)
-    n_tokens = out.shape[1] - inputs.input_ids.shape[1]
-    decode_s = time.perf_counter() - start - prompt_s
-    print(f"{name}: {(n_tokens - 1) / decode_s:.1f} tokens per second after the prompt")
-    return tokenizer.decode(out[0, -n_tokens:])
+def answer(**options):
+    """Return the new text and the clock."""
+    clock = Clock()
+    out = model.generate(**inputs, max_new_tokens=64, do_sample=False, streamer=clock, **options)
+    return tokenizer.decode(out[0, inputs.input_ids.shape[1] :]), clock
 
 
 with leank.patch(model, "smollm2-135m-instruct-70"):
-    greedy = run("greedy       ")
-    assisted = run("prompt lookup", prompt_lookup_num_tokens=16)
-print(assisted)
-print("the same text" if assisted == greedy else f"but greedy says: {greedy}")
+    greedy, clock = answer()
+    print("greedy:       ", clock.report())
+    text, clock = answer(**lookup)
+    print("prompt lookup:", clock.report())
+print("the same text:" if text == greedy else "other texts:", repr(text))

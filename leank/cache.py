@@ -161,7 +161,8 @@ class LeanKCache(Cache):
         Up to ``slack`` columns, what follows is as if they had never been; after
         ``activate_past_recording`` also all columns since then, or since the last crop. Beyond that
         the window's dropped channels are not restored: a token that was left behind by the window
-        stays pruned when the window comes back to it.
+        stays pruned when the window comes back to it, and so does the prompt for those of its columns
+        that are fed again.
 
         After a forward that stopped half way, all layers first go back to what they share.
 
