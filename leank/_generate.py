@@ -105,7 +105,7 @@ def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args
         if generation_config.use_cache is False:
             raise ValueError("use_cache: expected True with a LeanKCache, got False")
         handle.check_cache(given)
-        if not call.is_assistant and given.is_recording_past(0):
+        if not call.is_assistant:
             given.stop_past_recording()
         call.cache, call.n_columns = given, given.get_seq_length()
     return type(self)._prepare_cache_for_generation(
@@ -192,8 +192,8 @@ def _refuse(generation_config) -> None:
         value = getattr(generation_config, name, None)
         if value not in (None, False):
             raise NotImplementedError(
-                f"{name}: expected None on a patched model, which drafts by prompt_lookup_num_tokens "
-                f"or with an assistant_model that shares no layers with it, got {value!r}"
+                f"{name}: expected None on a patched model, which drafts by "
+                f"prompt_lookup_num_tokens or with an assistant_model, got {value!r}"
             )
     kind = generation_config.cache_implementation
     if kind not in _CACHES:

@@ -161,8 +161,8 @@ class LeanKCache(Cache):
         Up to ``slack`` columns, what follows is as if they had never been; after
         ``activate_past_recording`` also all columns since then, or since the last crop. Beyond that
         the window's dropped channels are not restored: a token that was left behind by the window
-        stays pruned when the window comes back to it, and so does the prompt for those of its columns
-        that are fed again.
+        stays pruned when the window comes back to it; so does the prompt, for columns of it that
+        are fed again.
 
         After a forward that stopped half way, all layers first go back to what they share.
 
@@ -216,7 +216,8 @@ class LeanKCache(Cache):
         RuntimeError
             As `crop`.
         """
-        self.crop(0)
+        if any(layer.record_past for layer in self.layers):
+            self.crop(0)  # sliding windows shrink by a crop alone
         for layer in self.layers:
             layer.record_past = False
 

@@ -1,4 +1,4 @@
-"""What else people ask of generate(): streams, processors, outputs, loops of their own, prefixes."""
+"""What else people ask of generate(): streams, processors, outputs, own loops, prefixes."""
 
 import copy
 import threading
@@ -288,6 +288,4 @@ def test_offloading_is_what_a_cpu_model_does_anyway(model):
             cache.layers[layer].offload()
         assert cache.memory() == before
         with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
-            generate(
-                model, ids, mask, past_key_values=cache, cache_implementation="offloaded"
-            )
+            generate(model, ids, mask, past_key_values=cache, cache_implementation="offloaded")
