@@ -152,9 +152,9 @@ def patch(
     Make ``model.generate`` keep a pruned K cache, until ``unpatch`` or the end of a ``with`` block.
 
     Plain forwards prune when they are given ``leank.make_cache(model)``; without a cache, and with
-    any other cache, they compute what they always did, and ``generate`` then warns. Assisted
-    decoding, guidance, static, quantized and offloaded caches, attention weights as output,
-    continuous batching, ``torch.compile`` and pickling are refused.
+    any other cache, they compute what they always did, and ``generate`` then warns. Guidance,
+    static and quantized caches, attention weights as output, continuous batching, ``torch.compile``
+    and pickling are refused; so is drafting with layers of the model itself.
 
     Parameters
     ----------

@@ -29,7 +29,8 @@ class LeanKCache(Cache):
 
     ``generate`` on a patched model makes one by itself; ``leank.make_cache(model)`` makes one for
     plain forwards. Lengths are in columns, as everywhere in transformers: padding counts there, but
-    is not stored. It cannot be offloaded, compiled or pickled; ``copy.deepcopy`` shares pages.
+    is not stored. It lies in CPU memory, where there is nothing to offload, and cannot be compiled
+    or pickled; ``copy.deepcopy`` shares pages.
 
     Parameters
     ----------
@@ -157,9 +158,11 @@ class LeanKCache(Cache):
         """
         Remove the last columns.
 
-        Up to ``slack`` columns, what follows is as if they had never been. Beyond ``slack`` the
-        window's dropped channels are not restored: a token that was left behind by the window stays
-        pruned when the window comes back to it.
+        Up to ``slack`` columns, what follows is as if they had never been; after
+        ``activate_past_recording`` also all columns since then, or since the last crop. Beyond that
+        the window's dropped channels are not restored: a token that was left behind by the window
+        stays pruned when the window comes back to it; so does the prompt, for columns of it that
+        are fed again.
 
         After a forward that stopped half way, all layers first go back to what they share.
 
@@ -202,6 +205,22 @@ class LeanKCache(Cache):
             elif layer.is_initialized and (layer.record_past or layer.get_seq_length() > n_columns):
                 layer.crop(n_columns - layer.get_seq_length())
 
+    def stop_past_recording(self) -> None:
+        """
+        End what ``activate_past_recording`` began, and free what it kept.
+
+        ``generate`` does so when it gives a cache back, and before it takes one.
+
+        Raises
+        ------
+        RuntimeError
+            As `crop`.
+        """
+        if any(layer.record_past for layer in self.layers):
+            self.crop(0)  # sliding windows shrink by a crop alone
+        for layer in self.layers:
+            layer.record_past = False
+
     def _sliding(self) -> list:
         return [layer for layer in self.layers if not isinstance(layer, LeanKLayer)]
 
@@ -221,15 +240,16 @@ class LeanKCache(Cache):
     def _can_undo(self) -> bool:
         """Whether layers that are ahead lose nothing but columns when they go back to the others.
 
-        A call of at most `slack` columns frees no channel that is needed without it; the call that
-        completes a prompt may, since until then the whole prompt was kept.
+        A call of at most `slack` columns frees no channel that is needed without it, nor does any
+        call while the past is recorded; the one that completes a prompt may, since until then the
+        whole prompt was kept.
         """
         lengths = self._lengths()
         if lengths[0] == 0:
             return True  # all layers begin again
         first = self.packed[0].store
         return (
-            lengths[-1] - lengths[0] <= first.slack
+            (self.packed[0].record_past or lengths[-1] - lengths[0] <= first.slack)
             and self._can_slide_back(lengths[0])
             and all(
                 np.array_equal(layer.store.prompt_lengths, first.prompt_lengths)
@@ -237,11 +257,18 @@ class LeanKCache(Cache):
             )
         )
 
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Do nothing: the pages lie in CPU memory, and are read there."""
+
+    prefetch = offload
+
     def memory(self) -> dict[str, int]:
         """
         Sum the live buffers of the pruned layers; pages that rows share count once.
 
         Under tensor parallelism it is what this process has; others may have more or less.
+        Of copies, each counts the pages that they share; ``slab_bytes`` is one and the same figure
+        for all of them together.
 
         Returns
         -------

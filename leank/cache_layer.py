@@ -70,6 +70,7 @@ class LeanKLayer(CacheLayerMixin):
         self.prompt_columns: int | None = None
         # Requires a gradient once tokens that do were stored, so that a later backward pass raises.
         self.anchor: torch.Tensor | None = None
+        self._records_past = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the store, for as many rows as K has."""
@@ -82,6 +83,8 @@ class LeanKLayer(CacheLayerMixin):
         )
         if self.prompt_columns is not None:
             self.store.expect_prompt(self.prompt_columns)
+        if self.record_past:
+            self.store.hold(True)
         self.is_initialized = True
 
     def open(self, k: torch.Tensor, v: torch.Tensor) -> _C.LayerCache:
@@ -132,12 +135,29 @@ class LeanKLayer(CacheLayerMixin):
         """Keep the first ``n_columns`` columns; with none left, a new prompt is to come."""
         if n_columns == 0:
             self.reset()
-        elif n_columns < self.get_seq_length():
-            self.store.crop(n_columns)
+        elif self.store is not None:
+            self.store.crop(min(n_columns, self.store.n_columns))
+            if self.record_past:
+                self.store.hold(True)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns, as ``LeanKCache.crop``."""
         self.crop_to(cropped(self.get_seq_length(), tokens_to_remove))
+
+    @property
+    def record_past(self) -> bool:
+        """Whether a crop to where the last one left off loses nothing, beyond `slack` too."""
+        return self._records_past
+
+    @record_past.setter
+    def record_past(self, on: bool) -> None:
+        if self.store is not None and on != self._records_past:
+            self.store.hold(on)
+        self._records_past = on
+
+    def activate_past_recording(self) -> None:
+        """From now on, keep what the next crop may need."""
+        self.record_past = True
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows for beam search."""
@@ -161,8 +181,7 @@ class LeanKLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def offload(self) -> None:
-        """Fail: the pages are in CPU memory already."""
-        raise NotImplementedError("LeanKCache: offloading is not supported")
+        """Do nothing: the pages lie in CPU memory, and are read there."""
 
     prefetch = offload
 
