@@ -28,6 +28,8 @@ HOOKS = {
         "generation_config",
         "model_kwargs",
         "generation_mode",
+        "batch_size",
+        "max_cache_length",
     ],
     "_prefill": ["self", "input_ids", "generation_config", "model_kwargs"],
 }
@@ -73,7 +75,9 @@ def _generate(self, *args, **kwargs):
     return result
 
 
-def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+def _prepare_cache(
+    self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+):
     """Put a LeanKCache where the class would put a DynamicCache."""
     call = _current.get() or _Call()
     call.prepared = True
@@ -86,14 +90,20 @@ def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args
     else:
         _refuse(generation_config, generation_mode)
         if given is None:
-            model_kwargs["past_key_values"] = call.cache = handle.make_cache()
+            if generation_config.cache_implementation == "static":
+                wanted = (max_cache_length, generation_config.max_cache_len, handle.max_cache_len)
+                handle.max_cache_len = max(length for length in wanted if length is not None)
+                call.cache = handle.make_cache(handle.max_cache_len)
+            else:
+                call.cache = handle.make_cache()
+            model_kwargs["past_key_values"] = call.cache
             return None
         if generation_config.use_cache is False:
             raise ValueError("use_cache: expected True with a LeanKCache, got False")
         handle.check_cache(given)
         call.cache, call.n_columns = given, given.get_seq_length()
     return type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, *args, **kwargs
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
 
 
@@ -140,9 +150,9 @@ def _refuse(generation_config, generation_mode) -> None:
             f"generation mode: expected one of {expected} on a patched model, got {got}"
         )
     kind = generation_config.cache_implementation
-    if kind not in (None, "dynamic"):
+    if kind not in (None, "dynamic", "static"):
         raise NotImplementedError(
-            f"cache_implementation: expected None on a patched model, got {kind!r}"
+            f'cache_implementation: expected None or "static" on a patched model, got {kind!r}'
         )
     if generation_config.guidance_scale not in (None, 1):
         raise NotImplementedError(
