@@ -14,7 +14,7 @@ import transformers
 from .cache import LeanKCache, patch_of
 
 # Without a GPU's memory to save, "offloaded" asks for what is done anyway.
-_CACHES = (None, "dynamic", "offloaded")
+_CACHES = (None, "dynamic", "offloaded", "static")
 # Ways to draft that run some of the model's own layers, or need what they computed.
 _DRAFTS = ("assistant_early_exit", "use_mtp", "speculation_type")
 # How the class's versions of the methods in REPLACED must begin.
@@ -25,6 +25,8 @@ HOOKS = {
         "generation_config",
         "model_kwargs",
         "generation_mode",
+        "batch_size",
+        "max_cache_length",
     ],
     "_prefill": ["self", "input_ids", "generation_config", "model_kwargs"],
     "_get_candidate_generator": [
@@ -84,7 +86,9 @@ def _generate(self, *args, **kwargs):
     return result
 
 
-def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+def _prepare_cache(
+    self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+):
     """Put a LeanKCache where the class would put a DynamicCache."""
     call = _current.get() or _Call()
     call.prepared = True
@@ -98,7 +102,13 @@ def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args
         _refuse(generation_config)
         call.is_assistant = generation_config.is_assistant
         if given is None:
-            model_kwargs["past_key_values"] = call.cache = handle.make_cache()
+            if generation_config.cache_implementation == "static":
+                wanted = (max_cache_length, generation_config.max_cache_len, handle.max_cache_len)
+                handle.max_cache_len = max(length for length in wanted if length is not None)
+                call.cache = handle.make_cache(handle.max_cache_len)
+            else:
+                call.cache = handle.make_cache()
+            model_kwargs["past_key_values"] = call.cache
             if call.is_assistant:
                 call.cache.activate_past_recording()
             return None
@@ -109,7 +119,7 @@ def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args
             given.stop_past_recording()
         call.cache, call.n_columns = given, given.get_seq_length()
     return type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, *args, **kwargs
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
 
 

@@ -49,6 +49,8 @@ class Patch:
     ) -> None:
         self.model, self.mask, self.layout = model, mask, layout
         self.window, self.prefill = window, prefill
+        # Of the longest static cache so far: with shorter ones, generate() would compile again.
+        self.max_cache_len: int | None = None
         self._compiled: dict = {}
 
     def __enter__(self) -> Patch:
@@ -77,7 +79,7 @@ class Patch:
             "a patched model cannot be pickled: call leank.unpatch(model) before pickling"
         )
 
-    def make_cache(self) -> LeanKCache:
+    def make_cache(self, max_cache_len: int | None = None) -> LeanKCache:
         """Return an empty cache with the patch's mask and window."""
         if self.model.training and any(
             getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
@@ -86,7 +88,9 @@ class Patch:
                 "model: expected no gradient checkpointing in training mode, in which transformers "
                 "drops every cache; call model.eval() first"
             )
-        cache = LeanKCache(self.mask, **self.window, config=self.model.config)
+        cache = LeanKCache(
+            self.mask, **self.window, config=self.model.config, max_cache_len=max_cache_len
+        )
         if not self.layout.interface:
             cache.sdpa = attention.sdpa
         return cache
@@ -119,7 +123,7 @@ class Patch:
 
     def check_cache(self, cache: LeanKCache) -> None:
         """Require that a user's cache prunes as this patch does."""
-        own = self.make_cache()
+        own = self.make_cache(cache.max_cache_len)
         if len(own) != len(cache):
             _refuse_cache("layers", len(own), len(cache))
         for i, (mine, given) in enumerate(zip(own.layers, cache.layers, strict=True)):
@@ -153,8 +157,10 @@ def patch(
 
     Plain forwards prune when they are given ``leank.make_cache(model)``; without a cache, and with
     any other cache, they compute what they always did, and ``generate`` then warns. Guidance,
-    static and quantized caches, attention weights as output, continuous batching, ``torch.compile``
-    and pickling are refused; so is drafting with layers of the model itself.
+    quantized caches, attention weights as output, continuous batching and pickling are refused; so
+    is drafting with layers of the model itself. ``torch.compile``, also by ``generate`` itself,
+    needs a cache of fixed length: ``cache_implementation="static"``, or ``make_cache`` with
+    ``max_cache_len``.
 
     Parameters
     ----------
@@ -265,7 +271,7 @@ def unpatch(model: nn.Module) -> None:
     patch_of(model)._undo()
 
 
-def make_cache(model: nn.Module) -> LeanKCache:
+def make_cache(model: nn.Module, *, max_cache_len: int | None = None) -> LeanKCache:
     """
     Return an empty pruned cache for plain forwards of a patched model.
 
@@ -273,6 +279,9 @@ def make_cache(model: nn.Module) -> LeanKCache:
     ----------
     model : transformers.PreTrainedModel
         The patched model.
+    max_cache_len : int, optional
+        Columns that fit. Pages for them are reserved at the first token, and a compiled model can
+        use the cache. None: it grows.
 
     Returns
     -------
@@ -283,9 +292,11 @@ def make_cache(model: nn.Module) -> LeanKCache:
     Raises
     ------
     ValueError
-        The model is not patched.
+        The model is not patched, or ``max_cache_len`` is not positive.
+    TypeError
+        ``max_cache_len`` is not an int.
     """
-    return patch_of(model).make_cache()
+    return patch_of(model).make_cache(max_cache_len)
 
 
 def _refuse_cache(what: str, expected: object, got: object) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache, PretrainedConfig, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from . import _compiled
 from .cache_layer import LeanKLayer, NewTokens, cropped
 from .masks import ChannelMask
+from .static_layer import LeanKStaticLayer
 
 if TYPE_CHECKING:
     from ._patch import Patch
@@ -29,8 +32,11 @@ class LeanKCache(Cache):
 
     ``generate`` on a patched model makes one by itself; ``leank.make_cache(model)`` makes one for
     plain forwards. Lengths are in columns, as everywhere in transformers: padding counts there, but
-    is not stored. It lies in CPU memory, where there is nothing to offload, and cannot be compiled
-    or pickled; ``copy.deepcopy`` shares pages.
+    is not stored. It lies in CPU memory, where there is nothing to offload, and cannot be pickled;
+    ``copy.deepcopy`` shares pages.
+
+    With ``max_cache_len`` all pages are reserved at the first token, and compiled models can use
+    it; their graphs read lengths when they run, so that no length needs a graph of its own.
 
     Parameters
     ----------
@@ -43,6 +49,8 @@ class LeanKCache(Cache):
     config : transformers config, optional
         Of the model; layers to which it gives a sliding window or chunks get transformers' own
         cache, keep every channel and are in no figure of `memory`. None: there are no such layers.
+    max_cache_len : int, optional
+        Columns that fit. None: it grows.
 
     Attributes
     ----------
@@ -72,14 +80,23 @@ class LeanKCache(Cache):
         recent: int | None = None,
         slack: int = 64,
         config: PretrainedConfig | None = None,
+        max_cache_len: int | None = None,
     ) -> None:
         if not isinstance(mask, ChannelMask):
             raise TypeError(f"mask: expected a ChannelMask, got {type(mask).__name__}")
         window = resolve_window(mask, sink, recent, slack)
-        layers = [DynamicLayer() for _ in mask.keep]
+        layer_type, full = LeanKLayer, DynamicLayer
+        if max_cache_len is not None:
+            max_cache_len = checked_int("max_cache_len", max_cache_len, 1)
+            layer_type, full = partial(LeanKStaticLayer, max_cache_len=max_cache_len), StaticLayer
+        layers = [None] * len(mask.keep)
         if config is not None:
-            layers = DynamicCache(config=config).layers
-            outside = [i for i, layer in enumerate(layers) if type(layer) is not DynamicLayer]
+            layers = (
+                DynamicCache(config=config)
+                if max_cache_len is None
+                else StaticCache(config=config, max_cache_len=max_cache_len)
+            ).layers
+            outside = [i for i, layer in enumerate(layers) if type(layer) is not full]
             fitted(mask, len(layers), outside)
         elif mask.outside:
             raise ValueError(
@@ -87,9 +104,12 @@ class LeanKCache(Cache):
                 "outside, got None"
             )
         for i, keep in enumerate(mask.keep):
-            if type(layers[i]) is DynamicLayer:
-                layers[i] = LeanKLayer(keep, **window)
+            if layers[i] is None or type(layers[i]) is full:
+                layers[i] = layer_type(keep, **window)
         super().__init__(layers=layers)
+        self.max_cache_len = max_cache_len
+        # What compiled forwards know of it; None: they cannot use it.
+        self.state = None if max_cache_len is None else _compiled.new_state(self)
         self.columns = None  # what leank.attention read from this forward's mask
         self.sdpa: Callable | None = None  # for a model that does not use the attention interface
 
@@ -107,26 +127,59 @@ class LeanKCache(Cache):
         **kwargs,
     ) -> tuple[NewTokens, NewTokens]:
         """Hand new K and V to the attention function; returns the same handle twice."""
-        if torch.compiler.is_compiling():
-            _refuse_compiling()
-        if layer_idx == 0:
-            self.columns = None
-            lengths = self._lengths()
-            if len(lengths) > 1:
-                remedy = (
-                    "cache.crop(0) goes back to the last one that did"
-                    if self._can_undo()
-                    else "cache.reset() and feed everything again"
-                )
-                raise RuntimeError(
-                    f"LeanKCache: layers hold {lengths} columns because an earlier forward "
-                    f"did not finish; {remedy}"
-                )
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and self.state is None:
+            _compiled.refuse(
+                "expected a LeanKCache of fixed length, as leank.make_cache(model, max_cache_len=) "
+                "makes it, in a compiled model, got one that grows"
+            )
+        if layer_idx == 0 and not is_compiling:
+            self.begin(key_states.shape[-2])
         layer = self.layers[layer_idx]
         if not isinstance(layer, LeanKLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        tokens = NewTokens(self, layer, *layer.update(key_states, value_states))
+        if not is_compiling:  # else the operator does so, when the graph runs
+            key_states, value_states = layer.update(key_states, value_states)
+        tokens = NewTokens(self, layer_idx, key_states, value_states)
         return tokens, tokens
+
+    def begin(self, n_columns: int) -> None:
+        """Require that a forward over so many columns can start."""
+        self.columns = None
+        lengths = self._lengths()
+        if len(lengths) > 1:
+            remedy = (
+                "cache.crop(0) goes back to the last one that did"
+                if self._can_undo()
+                else "cache.reset() and feed everything again"
+            )
+            raise RuntimeError(
+                f"LeanKCache: layers hold {lengths} columns because an earlier forward "
+                f"did not finish; {remedy}"
+            )
+        if self.max_cache_len is not None:
+            self.packed[0].check_room(n_columns)
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of the forwards that reached the last pruned layer."""
+        return self.packed[-1].get_seq_length()
+
+    def note_columns(self) -> None:
+        """Let compiled forwards know how many columns there are."""
+        if self.state is not None:
+            self.state[1] = self.n_columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
+        """Columns stored, padding included; a tensor where a graph is being compiled."""
+        if torch.compiler.is_compiling() and self.state is not None:
+            return self.state[1]
+        return super().get_seq_length(layer_idx)
+
+    def reset(self) -> None:
+        """Forget all tokens and the announced prompt; what is reserved stays so."""
+        super().reset()
+        self.note_columns()
 
     def expect_prompt(self, n_columns: int) -> None:
         """
@@ -191,8 +244,8 @@ class LeanKCache(Cache):
         if n_columns and not self._can_slide_back(n_columns):
             raise RuntimeError(
                 "LeanKCache: a layer with a sliding window has dropped the tokens that would be in "
-                "its window again; call cache.activate_past_recording() before the forward, or "
-                "cache.reset() and feed everything again"
+                "its window again; call cache.activate_past_recording() before the forward, if the "
+                "cache has no max_cache_len, or cache.reset() and feed everything again"
             )
         # An empty cache stays announced, also if it is empty since its first call did not finish.
         announced = self.packed[0].prompt_columns if lengths[0] == 0 else None
@@ -202,8 +255,9 @@ class LeanKCache(Cache):
         for layer in self._sliding():
             if n_columns == 0:
                 layer.reset()
-            elif layer.is_initialized and (layer.record_past or layer.get_seq_length() > n_columns):
+            elif layer.is_initialized and (_records(layer) or layer.get_seq_length() > n_columns):
                 layer.crop(n_columns - layer.get_seq_length())
+        self.note_columns()
 
     def stop_past_recording(self) -> None:
         """
@@ -228,8 +282,9 @@ class LeanKCache(Cache):
         """Whether the layers with a sliding window can go back to so many columns."""
         return all(
             layer.get_seq_length() in (0, n_columns)
-            or layer.record_past
-            or layer.get_seq_length() < layer.sliding_window
+            or _records(layer)
+            # Those of fixed length cannot crop.
+            or (self.state is None and layer.get_seq_length() < layer.sliding_window)
             for layer in self._sliding()
         )
 
@@ -296,6 +351,9 @@ class LeanKCache(Cache):
         memo[id(self)] = new
         for name, value in self.__dict__.items():
             new.__dict__[name] = copy.deepcopy(value, memo)
+        if self.state is not None:
+            new.state = _compiled.new_state(new)
+            new.note_columns()
         return new
 
     def __copy__(self) -> LeanKCache:
@@ -307,14 +365,9 @@ class LeanKCache(Cache):
         raise TypeError("LeanKCache cannot be pickled; copy.deepcopy works")
 
 
-# The decorator runs it while a graph is traced: an error in traced code would only end the graph,
-# and the code after it would be traced again, without the check.
-@torch.compiler.assume_constant_result
-def _refuse_compiling() -> None:
-    raise RuntimeError(
-        "torch.compile: not supported with a LeanKCache, which lives outside of torch; "
-        "call the model that is not compiled"
-    )
+def _records(layer) -> bool:
+    """Whether a layer with a sliding window keeps what slides out until the next crop."""
+    return getattr(layer, "record_past", False)
 
 
 def fitted(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> ChannelMask:

@@ -29,10 +29,13 @@ _UNPATCHED = (
 class NewTokens:
     """New K and V on their way from ``update`` to the attention function, in place of tensors."""
 
-    __slots__ = ("cache", "layer", "k", "v")
+    def __init__(self, cache: LeanKCache, index: int, k: torch.Tensor, v: torch.Tensor):
+        self.cache, self.index, self.k, self.v = cache, index, k, v
 
-    def __init__(self, cache: LeanKCache, layer: LeanKLayer, k: torch.Tensor, v: torch.Tensor):
-        self.cache, self.layer, self.k, self.v = cache, layer, k, v
+    @property
+    def layer(self) -> LeanKLayer:
+        """The layer that they are for."""
+        return self.cache.layers[self.index]
 
     def __getattr__(self, name: str):
         """Fail: only another attention function asks for what a tensor has."""
@@ -40,11 +43,11 @@ class NewTokens:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of K, stored columns included, for models that attend by themselves."""
+        """Shape of K, with all columns of the mask, for models that attend by themselves."""
         if self.cache.sdpa is None:
             raise RuntimeError(_UNPATCHED)
         n_rows, n_heads, n_columns, head_dim = self.k.shape
-        return torch.Size((n_rows, n_heads, self.layer.get_seq_length() + n_columns, head_dim))
+        return torch.Size((n_rows, n_heads, self.layer.get_mask_sizes(n_columns)[0], head_dim))
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -74,18 +77,24 @@ class LeanKLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the store, for as many rows as K has."""
-        self.store = _C.LayerCache(
-            self.keep,
+        self.store = self.make_store(
             n_rows=key_states.shape[0],
             dtype=DTYPES[key_states.dtype],
             v_dim=value_states.shape[-1],
-            **self.window,
         )
         if self.prompt_columns is not None:
             self.store.expect_prompt(self.prompt_columns)
         if self.record_past:
             self.store.hold(True)
         self.is_initialized = True
+
+    def make_store(self, **sizes) -> _C.LayerCache:
+        """Return an empty store."""
+        return _C.LayerCache(self.keep, **self.window, **sizes)
+
+    def piece_columns(self, n_columns: int) -> int:
+        """Columns of a call that are attended to and stored together."""
+        return n_columns
 
     def open(self, k: torch.Tensor, v: torch.Tensor) -> _C.LayerCache:
         """Return the store that takes K and V next; while it is empty it is made to fit them."""
@@ -187,7 +196,7 @@ class LeanKLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict) -> LeanKLayer:
         """Copy with shared pages; they are copied when one of the owners writes to them."""
-        new = type(self)(self.keep, **self.window)
+        new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(self.__dict__)
         if self.store is not None:

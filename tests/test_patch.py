@@ -214,7 +214,10 @@ def test_copied_config_refused(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache_implementation": "static"}, "cache_implementation: expected one of .* 'static'"),
+        (
+            {"cache_implementation": "offloaded_static"},
+            "cache_implementation: expected one of .* 'static'.* got 'offloaded_static'",
+        ),
         ({"cache_implementation": "quantized"}, "cache_implementation: .* got 'quantized'"),
         ({"output_attentions": True}, "output_attentions: expected False on a patched model"),
         ({"guidance_scale": 1.5}, "guidance_scale: expected None or 1 .* got 1.5"),
