@@ -52,6 +52,11 @@ int64_t lk_settled_lo(const lk_geom *geom, int64_t lo, int64_t len) {
     return lk_max(lk_max(lo, geom->sink), old / LK_PAGE_TOKENS * LK_PAGE_TOKENS);
 }
 
+/* How long a row of len tokens and prompt n0 is for lo: a held one may be cropped again to what follows its prompt. */
+static int64_t len_for_lo(const lk_row *row, int64_t n0, int64_t len) {
+    return lk_min(len, lk_max(row->held, n0));
+}
+
 /* Whether page i keeps its dropped channels, given lo. */
 static bool twin_stays(const lk_geom *geom, int64_t i, int64_t lo) {
     return i * LK_PAGE_TOKENS < geom->sink || (i + 1) * LK_PAGE_TOKENS > lo;
@@ -92,18 +97,23 @@ static lk_status plan_row(const lk_cache *cache, const lk_span *span, bool settl
                           int64_t *column, row_plan *plan) {
     const lk_row *row = &cache->row[b];
     const int64_t T = span->n_columns;
-    int64_t n_new = 0;
-    for (int64_t t = 0; t < T; t++)
-        if (!span->valid || span->valid[b * T + t]) column[n_new++] = t;
+    int64_t n_new = 0, n_prompt = row->len; /* of the row, if it is open */
+    for (int64_t t = 0; t < T; t++) {
+        if (span->valid && !span->valid[b * T + t]) continue;
+        column[n_new++] = t;
+        n_prompt += cache->n_columns + t < cache->prompt_columns;
+    }
     const int64_t len = row->len + n_new;
     const bool open = row->n0 == LK_PROMPT_OPEN;
     LK_CHECK(cache->max_tokens < 0 || len <= cache->max_tokens, LK_E_LIMIT);
     LK_CHECK(cache->max_tokens < 0 || open || n_new <= cache->max_call, LK_E_LIMIT);
     const int64_t to_come = open ? lk_max(0, cache->prompt_columns - cache->n_columns - T) : 0;
+    const int64_t n0 = open ? (n_prompt > 0 ? n_prompt : len) + to_come : row->n0;
     *plan = (row_plan){.n_new = n_new,
                        .first = row->len / LK_PAGE_TOKENS,
                        .end = n_new ? lk_ceil_div(len, LK_PAGE_TOKENS) : 0,
-                       .settled_lo = lk_settled_lo(cache->geom, row->lo, len + to_come),
+                       .settled_lo =
+                           lk_settled_lo(cache->geom, row->lo, len_for_lo(row, n0, len + to_come)),
                        .reserved = cache->max_tokens >= 0 && !open,
                        .column = column};
     plan->twin_lo = settle && to_come == 0 ? plan->settled_lo : row->lo;
@@ -308,7 +318,7 @@ void lk_cache_settle(lk_cache *cache) {
         lk_row *row = &cache->row[b];
         row->n0 = lk_row_prompt(cache, b);
         if (row->n0 == LK_PROMPT_OPEN) continue;
-        const int64_t lo = lk_settled_lo(cache->geom, row->lo, row->len);
+        const int64_t lo = lk_settled_lo(cache->geom, row->lo, len_for_lo(row, row->n0, row->len));
         for (int64_t i = row->lo / LK_PAGE_TOKENS; i < lo / LK_PAGE_TOKENS; i++) {
             if (i * LK_PAGE_TOKENS < cache->geom->sink) continue;
             lk_page_release(cache->pool, row->twin[i]);

@@ -109,7 +109,8 @@ static lk_status cache_create(lk_pool *pool, int64_t n_rows, int64_t max_tokens,
     }
     cache->n_rows = n_rows;
     for (int64_t b = 0; b < n_rows; b++)
-        cache->row[b] = (lk_row){.lo = cache->geom->sink, .n0 = LK_PROMPT_OPEN};
+        cache->row[b] =
+            (lk_row){.lo = cache->geom->sink, .n0 = LK_PROMPT_OPEN, .held = LK_NOT_HELD};
     *out = cache;
     return LK_OK;
 }
@@ -211,12 +212,20 @@ lk_status lk_cache_select(lk_cache *cache, const int64_t *rows, int64_t n_rows) 
     return LK_OK;
 }
 
-/* ------------------------------------------------------------------------------------------- crop */
+/* ------------------------------------------------------------------------- prompt, hold and crop */
 
 lk_status lk_cache_expect_prompt(lk_cache *cache, int64_t n_columns) {
     LK_CHECK(n_columns >= 1, LK_E_VALUE);
     LK_CHECK(cache->n_columns == 0, LK_E_STATE);
     cache->prompt_columns = n_columns;
+    return LK_OK;
+}
+
+lk_status lk_cache_hold(lk_cache *cache, int on) {
+    LK_CHECK(cache->max_tokens < 0 && !cache->unsettled, LK_E_STATE);
+    for (int64_t b = 0; b < cache->n_rows; b++)
+        cache->row[b].held = on ? cache->row[b].len : LK_NOT_HELD;
+    lk_cache_settle(cache);
     return LK_OK;
 }
 

@@ -159,12 +159,18 @@ lk_status lk_cache_append(lk_cache *cache, const lk_span *span);
 
 /* The two halves, for attending in between: put stores every channel of the new tokens; settle completes the
  * prompt if its columns are all there, raises lo, and frees the dropped channels that are wholly older than
- * W + slack; it cannot fail. Between the two only lk_decode may be called. lk_attend (below) does the whole step. */
+ * W + slack, if they are not held; it cannot fail. Between the two only lk_decode may be called. lk_attend (below) does the whole step. */
 lk_status lk_cache_put(lk_cache *cache, const lk_span *span);
 void lk_cache_settle(lk_cache *cache);
 
 /* Keep the first n_columns columns (0 <= n_columns <= now). 0 makes every row empty, with a new prompt to come. */
 lk_status lk_cache_crop(lk_cache *cache, int64_t n_columns);
+
+/* On: from now on the dropped channels that the rows would need if they were cropped to their present lengths stay,
+ * whatever is appended, so that such a crop takes back any number of tokens as if they had never been; without this it
+ * does up to `slack`. Calling it again holds the rows as they are then; a prompt that is still to come is not held as
+ * such, only what follows it. Off: what was held is freed. LK_E_STATE if the cache is reserved, or a put not settled. */
+lk_status lk_cache_hold(lk_cache *cache, int on);
 
 /* Row i becomes the former row rows[i]; reorders, drops and repeats rows. Pages are shared, nothing is copied. */
 lk_status lk_cache_select(lk_cache *cache, const int64_t *rows, int64_t n_rows);

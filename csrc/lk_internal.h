@@ -111,11 +111,13 @@ static inline unsigned char *lk_region(const lk_page *page, const size_t *off, i
 /* ------------------------------------------------------------------------------------------ cache.c */
 
 #define LK_PROMPT_OPEN INT64_MAX
+#define LK_NOT_HELD INT64_MAX
 
 typedef struct {
-    int64_t len; /* tokens stored */
-    int64_t lo;  /* see leank.h */
-    int64_t n0;  /* prompt length; LK_PROMPT_OPEN while it is not complete, or the row is empty */
+    int64_t len;  /* tokens stored */
+    int64_t lo;   /* see leank.h */
+    int64_t n0;   /* prompt length; LK_PROMPT_OPEN while it is not complete, or the row is empty */
+    int64_t held; /* len when it was held, see lk_cache_hold; LK_NOT_HELD */
     lk_page **page; /* [n_pages] */
     lk_page **twin; /* [n_pages] NULL where retired, or where the layer has no dropped channels */
     int64_t n_pages, capacity;

@@ -176,6 +176,19 @@ static PyObject *layer_cache_crop(PyObject *object, PyObject *arg) {
     Py_RETURN_NONE;
 }
 
+static PyObject *layer_cache_hold(PyObject *object, PyObject *arg) {
+    py_layer_cache *self = (py_layer_cache *)object;
+    const int on = PyObject_IsTrue(arg);
+    if (on < 0 || !py_claim(self)) return NULL;
+    const lk_status status = lk_cache_hold(self->cache, on);
+    py_unclaim(self);
+    if (status != LK_OK)
+        return PyErr_Format(PyExc_ValueError,
+                            "hold: expected a cache that grows, got one with max_tokens=%lld",
+                            (long long)self->max_tokens);
+    Py_RETURN_NONE;
+}
+
 static PyObject *layer_cache_reset(PyObject *object, PyObject *unused) {
     (void)unused;
     py_layer_cache *self = (py_layer_cache *)object;
@@ -408,6 +421,8 @@ static PyMethodDef methods[] = {
      "append(k, v, valid=None)\n--\n\nStore K [B, Hkv, T, D] and V [B, Hkv, T, Dv] of T new columns."},
     {"crop", layer_cache_crop, METH_O,
      "crop(n_columns)\n--\n\nKeep the first n_columns columns."},
+    {"hold", layer_cache_hold, METH_O,
+     "hold(on)\n--\n\nOn: crops to the present columns lose nothing, beyond slack too; off: free what that held."},
     {"select", layer_cache_select, METH_O,
      "select(rows)\n--\n\nMake row i the former row rows[i] (int64 array); pages are shared."},
     {"reset", layer_cache_reset, METH_NOARGS, "reset()\n--\n\nMake every row empty."},

@@ -11,19 +11,17 @@ import inspect
 import warnings
 
 import transformers
-from transformers.generation import GenerationMixin, GenerationMode
+from transformers.generation import GenerationMixin
 
 from .cache import LeanKCache, patch_of
 
-_MODES = (
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-)
 # What generate() calls the cache among a model's arguments: the one since 5.24, or the other.
 _ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 _CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
+# Without a GPU's memory to save, "offloaded" asks for what is done anyway.
+_CACHES = (None, "dynamic", "offloaded", "static")
+# Ways to draft that run some of the model's own layers, or need what they computed.
+_DRAFTS = ("assistant_early_exit", "use_mtp", "speculation_type")
 # How the class's versions of the methods in REPLACED must begin.
 HOOKS = {
     "generate": ["self"],
@@ -32,18 +30,30 @@ HOOKS = {
         "generation_config",
         "model_kwargs",
         "generation_mode",
+        "batch_size",
+        "max_cache_length",
     ],
     "_prefill": ["self", "input_ids", "generation_config", "model_kwargs"],
+    "_get_candidate_generator": [
+        "self",
+        "generation_config",
+        "input_ids",
+        "inputs_tensor",
+        "logits_processor",
+        "model_kwargs",
+    ],
 }
 
 
 class _Call:
     """What is known about the generate() call that runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, model=None) -> None:
+        self.model = model
         self.prepared = False
         self.dense = ""  # why the answer is dense
         self.cache: LeanKCache | None = None
+        self.is_assistant = False
         self.n_columns = 0  # in the cache before the call
 
 
@@ -54,7 +64,7 @@ _current: contextvars.ContextVar[_Call | None] = contextvars.ContextVar(
 
 def _generate(self, *args, **kwargs):
     """As the class's ``generate``, and certain that the pruned cache was used."""
-    call = _Call()
+    call, outer = _Call(self), _current.get()
     token = _current.set(call)
     try:
         result = type(self).generate(self, *args, **kwargs)
@@ -70,6 +80,10 @@ def _generate(self, *args, **kwargs):
             f"generate: transformers {transformers.__version__} did not {missed}, so the answer "
             "would be a dense one; leank.unpatch(model) to get it"
         )
+    if outer is not None and outer.model is self:
+        outer.prepared = True  # by this call, which is the whole work of a custom_generate recipe
+    if call.cache is not None and not call.is_assistant:
+        call.cache.stop_past_recording()  # nothing in transformers does
     if call.dense:
         # From here, so that the line that is named is the user's.
         warnings.warn(
@@ -80,7 +94,9 @@ def _generate(self, *args, **kwargs):
     return result
 
 
-def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+def _prepare_cache(
+    self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+):
     """Put a LeanKCache where the class would put a DynamicCache."""
     call = _current.get() or _Call()
     call.prepared = True
@@ -91,36 +107,86 @@ def _prepare_cache(self, generation_config, model_kwargs, generation_mode, *args
     elif given is None and generation_config.use_cache is False:
         call.dense = "use_cache is False"
     else:
-        _refuse(generation_config, generation_mode)
+        _refuse(generation_config)
+        call.is_assistant = generation_config.is_assistant
         if given is None:
-            model_kwargs[_CACHE] = call.cache = handle.make_cache()
+            if generation_config.cache_implementation == "static":
+                wanted = (max_cache_length, generation_config.max_cache_len, handle.max_cache_len)
+                handle.max_cache_len = max(length for length in wanted if length is not None)
+                call.cache = handle.make_cache(handle.max_cache_len)
+            else:
+                call.cache = handle.make_cache()
+            model_kwargs[_CACHE] = call.cache
+            if call.is_assistant:
+                call.cache.activate_past_recording()
             return None
         if generation_config.use_cache is False:
             raise ValueError("use_cache: expected True with a LeanKCache, got False")
         handle.check_cache(given)
+        if not call.is_assistant:
+            given.stop_past_recording()
         call.cache, call.n_columns = given, given.get_seq_length()
     return type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, *args, **kwargs
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
 
 
 def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
     """Announce the prompt, which is known here before it is cut into chunks."""
-    cache = model_kwargs.get(_CACHE)
-    if isinstance(cache, LeanKCache) and cache.get_seq_length() == 0:
-        prompt = model_kwargs.get("inputs_embeds")
-        n_columns = (input_ids if prompt is None else prompt).shape[1]
-        if n_columns == 0:
-            raise ValueError("generate: expected a prompt of at least one token, got none")
-        if patch_of(self).prefill == "dense":
-            announced = cache.packed[0].prompt_columns
-            if announced not in (None, n_columns):
-                raise ValueError(
-                    f"generate: expected a prompt of {announced} columns, as announced by "
-                    f"cache.expect_prompt, got {n_columns}; cache.reset() forgets the announcement"
-                )
-            cache.expect_prompt(n_columns)
+    _announce(input_ids, model_kwargs, cut=patch_of(self).prefill == "pruned")
     return type(self)._prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _candidate_generator(
+    self,
+    generation_config,
+    input_ids,
+    inputs_tensor,
+    logits_processor,
+    model_kwargs,
+    *args,
+    **kwargs,
+):
+    """Announce the prompt of assisted generation, whose first forward brings drafts with it."""
+    _announce(input_ids, model_kwargs)
+    cache, mask = (model_kwargs.get(name) for name in (_CACHE, "attention_mask"))
+    n_mask = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+    if isinstance(cache, LeanKCache) and cache.get_seq_length() and n_mask == input_ids.shape[1]:
+        raise ValueError(
+            f"input_ids: expected only those after the {cache.get_seq_length()} columns of "
+            "past_key_values, with an attention_mask over all of them, since assisted generation "
+            f"feeds again what a cache holds; got {input_ids.shape[1]} and a mask over as many"
+        )
+    return type(self)._get_candidate_generator(
+        self,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        *args,
+        **kwargs,
+    )
+
+
+def _announce(input_ids, model_kwargs, cut: bool = False) -> None:
+    """Announce the prompt to an empty LeanKCache, unless its first chunk alone is to be dense."""
+    cache = model_kwargs.get(_CACHE)
+    if not isinstance(cache, LeanKCache) or cache.get_seq_length():
+        return
+    prompt = model_kwargs.get("inputs_embeds")
+    n_columns = (input_ids if prompt is None else prompt).shape[1]
+    if n_columns == 0:
+        raise ValueError("generate: expected a prompt of at least one token, got none")
+    if cut:
+        return
+    announced = cache.packed[0].prompt_columns
+    if announced not in (None, n_columns):
+        raise ValueError(
+            f"generate: expected a prompt of {announced} columns, as announced by "
+            f"cache.expect_prompt, got {n_columns}; cache.reset() forgets the announcement"
+        )
+    cache.expect_prompt(n_columns)
 
 
 def _init_continuous_batching(self, *args, **kwargs):
@@ -133,23 +199,25 @@ REPLACED = {
     "generate": _generate,
     "_prepare_cache_for_generation": _prepare_cache,
     "_prefill": _prefill,
+    "_get_candidate_generator": _candidate_generator,
     "init_continuous_batching": _init_continuous_batching,
 }
 
 
-def _refuse(generation_config, generation_mode) -> None:
+def _refuse(generation_config) -> None:
     """Raise for what generate() can do, but not with a LeanKCache."""
-    mode = getattr(generation_mode, "value", generation_mode)
-    if generation_mode not in _MODES or generation_config.is_assistant:
-        expected = ", ".join(mode.value for mode in _MODES)
-        got = "the assistant of another model" if generation_config.is_assistant else mode
-        raise NotImplementedError(
-            f"generation mode: expected one of {expected} on a patched model, got {got}"
-        )
+    for name in _DRAFTS:
+        value = getattr(generation_config, name, None)
+        if value not in (None, False):
+            raise NotImplementedError(
+                f"{name}: expected None on a patched model, which drafts by "
+                f"prompt_lookup_num_tokens or with an assistant_model, got {value!r}"
+            )
     kind = generation_config.cache_implementation
-    if kind not in (None, "dynamic"):
+    if kind not in _CACHES:
         raise NotImplementedError(
-            f"cache_implementation: expected None on a patched model, got {kind!r}"
+            f"cache_implementation: expected one of {', '.join(map(repr, _CACHES))} on a patched "
+            f"model, got {kind!r}"
         )
     if generation_config.guidance_scale not in (None, 1):
         raise NotImplementedError(

@@ -8,9 +8,12 @@ implementation in its config, one instance attribute for each method in ``REPLAC
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import os
+import threading
 import types
+import weakref
 from typing import Literal
 
 import numpy as np
@@ -27,6 +30,10 @@ from .models import PREFIX, Layout, inspect_model
 
 # Where generate() keeps a compiled forward: it was traced with the other attention.
 _COMPILED = ("_compiled_call", "_last_compile_config")
+# Models may share a config object, and threads may patch them at once: one patch, one unpatch after
+# the other, each of which knows of the others in force.
+_lock = threading.RLock()
+_in_force: weakref.WeakSet[Patch] = weakref.WeakSet()
 
 
 class Patch:
@@ -42,6 +49,8 @@ class Patch:
     ) -> None:
         self.model, self.mask, self.layout = model, mask, layout
         self.window, self.prefill = window, prefill
+        # Of the longest static cache so far: with shorter ones, generate() would compile again.
+        self.max_cache_len: int | None = None
         self._compiled: dict = {}
 
     def __enter__(self) -> Patch:
@@ -61,6 +70,7 @@ class Patch:
         memo[id(self)] = new
         for name, value in self.__dict__.items():
             new.__dict__[name] = copy.deepcopy(value, memo)
+        _in_force.add(new)
         return new
 
     def __reduce_ex__(self, protocol: int):
@@ -69,7 +79,7 @@ class Patch:
             "a patched model cannot be pickled: call leank.unpatch(model) before pickling"
         )
 
-    def make_cache(self) -> LeanKCache:
+    def make_cache(self, max_cache_len: int | None = None) -> LeanKCache:
         """Return an empty cache with the patch's mask and window."""
         if self.model.training and any(
             getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
@@ -78,7 +88,9 @@ class Patch:
                 "model: expected no gradient checkpointing in training mode, in which transformers "
                 "drops every cache; call model.eval() first"
             )
-        cache = LeanKCache(self.mask, **self.window, config=self.model.config)
+        cache = LeanKCache(
+            self.mask, **self.window, config=self.model.config, max_cache_len=max_cache_len
+        )
         if not self.layout.interface:
             cache.sdpa = attention.sdpa
         return cache
@@ -91,23 +103,27 @@ class Patch:
             if hasattr(type(self.model), name):
                 state[name] = types.MethodType(function, self.model)
         state[HANDLE] = self
+        _in_force.add(self)
         if self.layout.interface:
             for config in self.layout.configs:
                 config._attn_implementation = PREFIX + self.layout.base
 
     def _undo(self) -> None:
-        for config in self.layout.configs:
-            # Someone may have chosen another implementation since; that choice stays.
-            if config._attn_implementation == PREFIX + self.layout.base:
-                config._attn_implementation = self.layout.name
-        state = self.model.__dict__
-        for name in (*REPLACED, *_COMPILED, HANDLE):
-            state.pop(name, None)
-        state.update(self._compiled)
+        with _lock:
+            _in_force.discard(self)
+            for config in self.layout.configs:
+                # Someone may have chosen another implementation since; that choice stays.
+                ours = config._attn_implementation == PREFIX + self.layout.base
+                if ours and _patch_with(config) is None:
+                    config._attn_implementation = self.layout.name
+            state = self.model.__dict__
+            for name in (*REPLACED, *_COMPILED, HANDLE):
+                state.pop(name, None)
+            state.update(self._compiled)
 
     def check_cache(self, cache: LeanKCache) -> None:
         """Require that a user's cache prunes as this patch does."""
-        own = self.make_cache()
+        own = self.make_cache(cache.max_cache_len)
         if len(own) != len(cache):
             _refuse_cache("layers", len(own), len(cache))
         for i, (mine, given) in enumerate(zip(own.layers, cache.layers, strict=True)):
@@ -141,9 +157,11 @@ def patch(
     Make ``model.generate`` keep a pruned K cache, until ``unpatch`` or the end of a ``with`` block.
 
     Plain forwards prune when they are given ``leank.make_cache(model)``; without a cache, and with
-    any other cache, they compute what they always did, and ``generate`` then warns. Assisted
-    decoding, guidance, static, quantized and offloaded caches, attention weights as output,
-    continuous batching, ``torch.compile`` and pickling are refused.
+    any other cache, they compute what they always did, and ``generate`` then warns. Guidance,
+    quantized caches, attention weights as output, continuous batching and pickling are refused; so
+    is drafting with layers of the model itself. ``torch.compile``, also by ``generate`` itself,
+    needs a cache of fixed length: ``cache_implementation="static"``, or ``make_cache`` with
+    ``max_cache_len``.
 
     Parameters
     ----------
@@ -151,10 +169,13 @@ def patch(
         A causal language model on the CPU, in float32, bfloat16 or float16, that attends to stored
         K and V; layers with a sliding window, chunks or a state (as of Mamba) keep transformers'
         own cache. A model that is set to flash or flex attention uses sdpa, or else eager
-        attention, until `unpatch`. The model is asked to read two tokens.
+        attention, until `unpatch`. The model is asked to read two tokens. Of a model that is cut
+        between processes by tensor parallelism, each process prunes the KV heads that it has: call
+        this in all of them.
     mask : ChannelMask, path or name
-        Channels to keep, [layers, KV heads, head dim]; or a mask file, a name that ``leank masks``
-        lists, or a Hugging Face Hub repository, as `leank.load_mask` takes them.
+        Channels to keep, [layers, KV heads, head dim] of the whole model; or a mask file, a name
+        that ``leank masks`` lists, or a Hugging Face Hub repository, as `leank.load_mask` takes
+        them.
     sink, recent : int, optional
         The window: first and last tokens whose K stays whole. Default: what the mask was learned
         with; must be given if the mask does not say.
@@ -170,7 +191,8 @@ def patch(
     Returns
     -------
     Patch
-        Context manager, to be ignored where ``unpatch`` is called instead.
+        Context manager, to be ignored where ``unpatch`` is called instead. Patches of several
+        models may end in any order. Threads may each patch and run a model of their own.
 
     Raises
     ------
@@ -195,19 +217,29 @@ def patch(
         raise TypeError(f"mask: expected a ChannelMask or a name, got {type(mask).__name__}")
     if prefill not in ("dense", "pruned"):
         raise ValueError(f'prefill: expected "dense" or "pruned", got {prefill!r}')
-    _check_free(model)
-    layout = inspect_model(model)
-    if mask.keep.shape != layout.mask_shape:
-        raise ValueError(
-            f"mask: expected {layout.mask_shape} [layers, kv_heads, head_dim], "
-            f"got {mask.keep.shape}"
-        )
-    mask = fitted(mask, layout.n_layers, layout.outside)
-    window = resolve_window(mask, sink, recent, slack)
-    _check_hooks(type(model))
-    handle = Patch(model, mask, layout, window, prefill)
-    handle._apply()
+    with _lock:
+        _check_free(model)
+        sharer = _patch_with(getattr(model, "config", None))
+        layout = inspect_model(model, None if sharer is None else sharer.layout.name)
+        if mask.keep.shape != layout.mask_shape:
+            raise ValueError(
+                f"mask: expected {layout.mask_shape} [layers, kv_heads, head_dim], "
+                f"got {mask.keep.shape}"
+            )
+        mask = fitted(mask, layout.n_layers, layout.outside)
+        mask = dataclasses.replace(mask, keep=mask.keep[:, layout.own_heads])
+        window = resolve_window(mask, sink, recent, slack)
+        _check_hooks(type(model))
+        handle = Patch(model, mask, layout, window, prefill)
+        handle._apply()
     return handle
+
+
+def _patch_with(config: object) -> Patch | None:
+    """Return a patch in force that has renamed the attention in this config object."""
+    return next(
+        (patch for patch in _in_force if any(own is config for own in patch.layout.configs)), None
+    )
 
 
 def unpatch(model: nn.Module) -> None:
@@ -230,7 +262,7 @@ def unpatch(model: nn.Module) -> None:
     patch_of(model)._undo()
 
 
-def make_cache(model: nn.Module) -> LeanKCache:
+def make_cache(model: nn.Module, *, max_cache_len: int | None = None) -> LeanKCache:
     """
     Return an empty pruned cache for plain forwards of a patched model.
 
@@ -238,6 +270,9 @@ def make_cache(model: nn.Module) -> LeanKCache:
     ----------
     model : transformers.PreTrainedModel
         The patched model.
+    max_cache_len : int, optional
+        Columns that fit. Pages for them are reserved at the first token, and a compiled model can
+        use the cache. None: it grows.
 
     Returns
     -------
@@ -248,9 +283,11 @@ def make_cache(model: nn.Module) -> LeanKCache:
     Raises
     ------
     ValueError
-        The model is not patched.
+        The model is not patched, or ``max_cache_len`` is not positive.
+    TypeError
+        ``max_cache_len`` is not an int.
     """
-    return patch_of(model).make_cache()
+    return patch_of(model).make_cache(max_cache_len)
 
 
 def _refuse_cache(what: str, expected: object, got: object) -> None:

@@ -7,6 +7,7 @@ touches them between the cache and the attention function cannot be pruned, and 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 _NAME = "leank_probe"
 _KNOWN = {"softcap": "softcap", "s_aux": "sinks"}  # argument of the interface: name in a Layout
 _UNKNOWN = ("position_bias", "sliding_window")
+_here = threading.local()  # has `runs` in a thread while it sends tokens through a model
 
 
 @dataclass
@@ -160,7 +162,7 @@ def run(model: nn.Module, name: str, pruned: set[int]) -> Seen:
 
 def _run(model: nn.Module, name: str, seen: Seen, pruned: set[int]) -> Seen:
     cache = _Cache(model.config, seen, pruned)
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model.get_input_embeddings())
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:
         with torch.no_grad(), _attending(model, name), _evaluating(model):
@@ -183,6 +185,11 @@ def _run(model: nn.Module, name: str, seen: Seen, pruned: set[int]) -> Seen:
 
 def _attention(module, query, key, value, attention_mask, *args, **kwargs):
     """Record what arrives, as transformers' attention interface calls it."""
+    if not getattr(_here, "runs", False):
+        raise RuntimeError(
+            "attention: another thread is patching a model that shares this one's config object; "
+            "models of several threads need a config each (copy.deepcopy)"
+        )
     if not isinstance(key, _Tokens):
         return torch.zeros_like(query).transpose(1, 2), None
     seen = key.seen
@@ -209,6 +216,15 @@ def layers_text(layers: Iterable[int]) -> str:
     return f"layer{'s' * (len(layers) > 1)} {names}"
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module with weights computes; accelerate's hooks may keep them elsewhere."""
+    first = getattr(module, "_hf_hook", None)
+    for hook in getattr(first, "hooks", [first]):  # of several, a SequentialHook
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return next(module.parameters()).device
+
+
 @contextlib.contextmanager
 def _attending(model: nn.Module, name: str) -> Iterator[None]:
     """Let a model attend by another implementation."""
@@ -220,12 +236,14 @@ def _attending(model: nn.Module, name: str) -> Iterator[None]:
     }.values()
     before = [config._attn_implementation for config in configs]
     try:
+        _here.runs = True
         for config in configs:
             config._attn_implementation = name
         yield
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
+        _here.runs = False
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import _C
+from . import _C, _compiled
 from ._arrays import as_array
 from .cache_layer import LeanKLayer, NewTokens
 from .models import BASES, PREFIX
@@ -52,13 +52,13 @@ def _attention(base: str, module, query, key, value, attention_mask, *args, **kw
     terms = {
         "scale": kwargs.get("scaling"),
         "softcap": kwargs.get("softcap"),
-        "sinks": None if sinks is None else as_array(sinks.detach().float()),
+        "sinks": None if sinks is None else sinks.detach().float(),
     }
 
-    def dense():
-        return forward(module, query, key.k, key.v, attention_mask, **kwargs)[0]
+    def dense(mask):
+        return forward(module, query, key.k, key.v, mask, **kwargs)[0]
 
-    return _packed(query, key, attention_mask, terms, dense), None
+    return _attend(query, key, attention_mask, terms, dense), None
 
 
 def sdpa(
@@ -69,42 +69,73 @@ def sdpa(
         raise ValueError("is_causal: expected True with a LeanKCache, got False")
     _refuse_numbers(query, key, dropout_p)
 
-    def dense():
+    def dense(mask):
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}
-        options |= {"attn_mask": attn_mask, "scale": scale}
+        options |= {"attn_mask": mask, "scale": scale}
         return F.scaled_dot_product_attention(query, key.k, key.v, **options).transpose(1, 2)
 
-    return _packed(query, key, attn_mask, {"scale": scale}, dense).transpose(1, 2)
+    return _attend(query, key, attn_mask, {"scale": scale}, dense).transpose(1, 2)
 
 
+def _attend(
+    query: torch.Tensor,
+    tokens: NewTokens,
+    mask: torch.Tensor | None,
+    terms: dict,
+    dense: Callable[[torch.Tensor | None], torch.Tensor],
+) -> torch.Tensor:
+    """Attend and store; `dense` does so for a prompt. Returns [B, T, Hq, Dv]."""
+    if torch.compiler.is_compiling():
+        if _needs_gradient(query, tokens):
+            _compiled.refuse(
+                "expected torch.no_grad() or torch.inference_mode() around a compiled model with "
+                "a LeanKCache, through which there is no gradient"
+            )
+        return _compiled.attend(query, tokens, mask, terms)
+    out = _packed(query, tokens, mask, terms, dense)
+    tokens.cache.note_columns()
+    return out
+
+
+@_compiled.kernel
 def _packed(
     query: torch.Tensor,
     tokens: NewTokens,
-    attention_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
     terms: dict,
-    dense: Callable[[], torch.Tensor],
+    dense: Callable[[torch.Tensor | None], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Attend and store; `dense` does so for a prompt. Returns [B, T, Hq, Dv]."""
     layer, k, v = tokens.layer, tokens.k, tokens.v
-    valid = _columns(tokens, attention_mask)
+    n_columns = k.shape[2]
+    valid = _columns(tokens, mask)
     store = layer.open(k, v)
-    if layer.is_prompt_only(k.shape[2]):
-        out = dense()
+    if dense is not None and layer.is_prompt_only(n_columns):
+        # The mask of a cache of fixed length covers columns to come as well.
+        out = dense(None if mask is None else mask[..., :n_columns])
         store.append(as_array(k), as_array(v), valid)
     else:
         # A build of the extension that knows no such term is not asked about it.
-        call = (layer, valid, {name: x for name, x in terms.items() if x is not None})
-        needs_grad = torch.is_grad_enabled() and (
-            layer.anchor is not None or query.requires_grad or k.requires_grad or v.requires_grad
-        )
+        terms = {name: x for name, x in terms.items() if x is not None}
+        if "sinks" in terms:
+            terms["sinks"] = as_array(terms["sinks"])
+        call = (layer, valid, terms)
         out = (
             _Decode.apply(query, k, v, layer.anchor, call)
-            if needs_grad
+            if _needs_gradient(query, tokens)
             else _decode(query, k, v, call)
         )
     if torch.is_grad_enabled() and layer.anchor is None and (k.requires_grad or v.requires_grad):
         layer.anchor = torch.zeros((), requires_grad=True)
     return out
+
+
+def _needs_gradient(query: torch.Tensor, tokens: NewTokens) -> bool:
+    return torch.is_grad_enabled() and (
+        tokens.layer.anchor is not None
+        or query.requires_grad
+        or tokens.k.requires_grad
+        or tokens.v.requires_grad
+    )
 
 
 _FUNCTIONS = {base: partial(_attention, base) for base in BASES}
@@ -123,16 +154,17 @@ def _decode(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple) 
     layer, valid, terms = call
     n_rows, n_heads, n_columns, _ = query.shape
     out = torch.empty(n_rows, n_columns, n_heads, v.shape[-1], dtype=query.dtype)
-    _C.decode(
-        layer.store,
-        as_array(query),
-        as_array(k),
-        as_array(v),
-        valid=valid,
-        out=as_array(out.transpose(1, 2)),
-        n_threads=torch.get_num_threads(),
-        **terms,
-    )
+    size = layer.piece_columns(n_columns)
+    for start in range(0, n_columns, size):
+        piece = slice(start, start + size)
+        _C.decode(
+            layer.store,
+            *(as_array(x[:, :, piece]) for x in (query, k, v)),
+            valid=None if valid is None else np.ascontiguousarray(valid[:, piece]),
+            out=as_array(out[:, piece].transpose(1, 2)),
+            n_threads=torch.get_num_threads(),
+            **terms,
+        )
     return out
 
 
@@ -207,12 +239,18 @@ def _read_mask(
                 "padding in its columns, got None or all ones"
             )
         return None
-    shape = (n_rows, 1, n_new, n_past + n_new)
+    n_all = n_past + n_new
+    shape = (n_rows, 1, n_new, layer.get_mask_sizes(n_new)[0])
     fits = isinstance(mask, torch.Tensor) and tuple(mask.shape) in (shape, (1, *shape[1:]))
     if not fits:
         got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: expected {shape}, the same for all heads, got {got}")
-    allowed = _allowed(mask).expand(n_rows, 1, n_new, n_past + n_new)[:, 0]
+    allowed = _allowed(mask).expand(shape)[:, 0]
+    if allowed[..., n_all:].any():
+        raise ValueError(
+            "attention_mask: expected causal attention, got columns that are still to come"
+        )
+    allowed = allowed[..., :n_all]
     tokens = allowed[:, -1]
     real = tokens.numpy()
     if n_past and not np.array_equal(real[:, :n_past], layer.store.real):

@@ -5,22 +5,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, StaticCache
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    StaticLayer,
 )
 
+from . import _compiled
 from .cache_layer import LeanKLayer, LeanKStateLayer, NewTokens, cropped, forget_state
 from .masks import ChannelMask
 from .models import PRUNED
+from .static_layer import LeanKStaticLayer
 
 if TYPE_CHECKING:
     from ._patch import Patch
@@ -35,7 +38,11 @@ class LeanKCache(Cache):
 
     ``generate`` on a patched model makes one by itself; ``leank.make_cache(model)`` makes one for
     plain forwards. Lengths are in columns, as everywhere in transformers: padding counts there, but
-    is not stored. It cannot be offloaded, compiled or pickled; ``copy.deepcopy`` shares pages.
+    is not stored. It lies in CPU memory, where there is nothing to offload, and cannot be pickled;
+    ``copy.deepcopy`` shares pages.
+
+    With ``max_cache_len`` all pages are reserved at the first token, and compiled models can use
+    it; their graphs read lengths when they run, so that no length needs a graph of its own.
 
     Parameters
     ----------
@@ -49,6 +56,8 @@ class LeanKCache(Cache):
         Of the model; layers to which it gives a sliding window, chunks or a state get transformers'
         own cache, keep every channel and are in no figure of `memory`. None: there are no such
         layers.
+    max_cache_len : int, optional
+        Columns that fit. None: it grows. Not for models whose layers keep a state.
 
     Attributes
     ----------
@@ -78,14 +87,22 @@ class LeanKCache(Cache):
         recent: int | None = None,
         slack: int = 64,
         config: PretrainedConfig | None = None,
+        max_cache_len: int | None = None,
     ) -> None:
         if not isinstance(mask, ChannelMask):
             raise TypeError(f"mask: expected a ChannelMask, got {type(mask).__name__}")
         window = resolve_window(mask, sink, recent, slack)
-        layers = [DynamicLayer() for _ in mask.keep]
+        layer_type, full = LeanKLayer, DynamicLayer
+        if max_cache_len is not None:
+            max_cache_len = checked_int("max_cache_len", max_cache_len, 1)
+            layer_type, full = partial(LeanKStaticLayer, max_cache_len=max_cache_len), StaticLayer
+        layers = [None] * len(mask.keep)
         if config is not None:
             layers = DynamicCache(config=config).layers
             outside = [i for i, layer in enumerate(layers) if type(layer) not in PRUNED]
+            if max_cache_len is not None:
+                _refuse_states(layers)
+                layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
             fitted(mask, len(layers), outside)
         elif mask.outside:
             raise ValueError(
@@ -93,11 +110,14 @@ class LeanKCache(Cache):
                 "outside, got None"
             )
         for i, keep in enumerate(mask.keep):
-            if type(layers[i]) is DynamicLayer:
-                layers[i] = LeanKLayer(keep, **window)
+            if layers[i] is None or type(layers[i]) is full:
+                layers[i] = layer_type(keep, **window)
             elif type(layers[i]) in PRUNED:
                 layers[i] = LeanKStateLayer(keep, layers[i].number_of_states, **window)
         super().__init__(layers=layers)
+        self.max_cache_len = max_cache_len
+        # What compiled forwards know of it; None: they cannot use it.
+        self.state = None if max_cache_len is None else _compiled.new_state(self)
         self.columns = None  # what leank.attention read from this forward's mask
         self._reached: set[tuple[int, str]] = set()  # layers, and what of them, by this forward
         self._due = 0  # columns after this forward
@@ -118,12 +138,14 @@ class LeanKCache(Cache):
         **kwargs,
     ) -> tuple[NewTokens, NewTokens]:
         """Hand new K and V to the attention function; returns the same handle twice."""
-        self._reach(layer_idx, "attention")
+        self._reach(layer_idx, "attention", key_states.shape[-2])
         layer = self.layers[layer_idx]
         if not isinstance(layer, LeanKLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._due = layer.get_seq_length() + key_states.shape[-2]
-        tokens = NewTokens(self, layer, *layer.update(key_states, value_states))
+        if not torch.compiler.is_compiling():  # else the operator does so, when the graph runs
+            self._due = layer.get_seq_length() + key_states.shape[-2]
+            key_states, value_states = layer.update(key_states, value_states)
+        tokens = NewTokens(self, layer_idx, key_states, value_states)
         return tokens, tokens
 
     def update_conv_state(self, conv_states, layer_idx: int, state_idx: int = 0, **kwargs):
@@ -138,23 +160,17 @@ class LeanKCache(Cache):
         self._reach(layer_idx, f"recurrence {state_idx}")
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
-    def _reach(self, layer_idx: int, part: str) -> None:
+    def _reach(self, layer_idx: int, part: str, n_columns: int = 0) -> None:
         """Note how far a forward has come; what it reaches again is the begin of another."""
         if torch.compiler.is_compiling():
-            _refuse_compiling()
+            if self.state is None:
+                _compiled.refuse(
+                    "expected a LeanKCache of fixed length, as leank.make_cache(model, "
+                    "max_cache_len=) makes it, in a compiled model, got one that grows"
+                )
+            return
         if not self._reached or (layer_idx, part) in self._reached:
-            self.columns = None
-            if self._stopped():
-                lengths = self._lengths()
-                remedy = (
-                    "cache.crop(0) goes back to the last one that did"
-                    if self._can_undo()
-                    else "cache.reset() and feed everything again"
-                )
-                got = f"layers hold {lengths} columns" if len(lengths) > 1 else "states moved on"
-                raise RuntimeError(
-                    f"LeanKCache: {got} because an earlier forward did not finish; {remedy}"
-                )
+            self.begin(n_columns)
             self._reached.clear()
         self._reached.add((layer_idx, part))
 
@@ -166,6 +182,47 @@ class LeanKCache(Cache):
             return len(lengths) > 1
         expected = set(range(len(self.layers))) - self._idle
         return {i for i, _ in self._reached} != expected or lengths != [self._due]
+
+    def begin(self, n_columns: int) -> None:
+        """Require that a forward over so many columns can start."""
+        self.columns = None
+        if self._stopped():
+            lengths = self._lengths()
+            remedy = (
+                "cache.crop(0) goes back to the last one that did"
+                if self._can_undo()
+                else "cache.reset() and feed everything again"
+            )
+            got = f"layers hold {lengths} columns" if len(lengths) > 1 else "states moved on"
+            raise RuntimeError(
+                f"LeanKCache: {got} because an earlier forward did not finish; {remedy}"
+            )
+        if self.max_cache_len is not None:
+            self.packed[0].check_room(n_columns)
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of the forwards that reached the last pruned layer."""
+        return self.packed[-1].get_seq_length()
+
+    def note_columns(self) -> None:
+        """Let compiled forwards know how many columns there are."""
+        if self.state is not None:
+            self.state[1] = self.n_columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
+        """Columns stored, padding included; a tensor where a graph is being compiled."""
+        if torch.compiler.is_compiling() and self.state is not None:
+            return self.state[1]
+        return super().get_seq_length(layer_idx)
+
+    def reset(self) -> None:
+        """Forget all tokens and the announced prompt; what is reserved stays so."""
+        super().reset()
+        for layer in self._with_state():
+            forget_state(layer)
+        self._reached.clear()
+        self.note_columns()
 
     def expect_prompt(self, n_columns: int) -> None:
         """
@@ -197,9 +254,11 @@ class LeanKCache(Cache):
         """
         Remove the last columns.
 
-        Up to ``slack`` columns, what follows is as if they had never been. Beyond ``slack`` the
-        window's dropped channels are not restored: a token that was left behind by the window stays
-        pruned when the window comes back to it.
+        Up to ``slack`` columns, what follows is as if they had never been; after
+        ``activate_past_recording`` also all columns since then, or since the last crop. Beyond that
+        the window's dropped channels are not restored: a token that was left behind by the window
+        stays pruned when the window comes back to it; so does the prompt, for columns of it that
+        are fed again.
 
         After a forward that stopped half way, all layers first go back to what they share.
 
@@ -234,8 +293,8 @@ class LeanKCache(Cache):
         if n_columns and not self._can_slide_back(n_columns):
             raise RuntimeError(
                 "LeanKCache: a layer with a sliding window has dropped the tokens that would be in "
-                "its window again; call cache.activate_past_recording() before the forward, or "
-                "cache.reset() and feed everything again"
+                "its window again; call cache.activate_past_recording() before the forward, if the "
+                "cache has no max_cache_len, or cache.reset() and feed everything again"
             )
         # An empty cache stays announced, also if it is empty since its first call did not finish.
         announced = self.packed[0].prompt_columns if lengths[0] == 0 else None
@@ -245,19 +304,29 @@ class LeanKCache(Cache):
             layer.crop_to(n_columns)
             layer.prompt_columns = layer.prompt_columns or announced
         for layer in self._sliding():
-            if layer.is_initialized and (layer.record_past or layer.get_seq_length() > n_columns):
+            if layer.is_initialized and (_records(layer) or layer.get_seq_length() > n_columns):
                 layer.crop(n_columns - layer.get_seq_length())
         for layer in self._with_state():
             if n_columns and layer.record_past and any(layer.is_conv_states_initialized.values()):
                 LinearAttentionCacheLayerMixin.crop(layer, n_columns - lengths[0])
         self._reached.clear()
+        self.note_columns()
 
-    def reset(self) -> None:
-        """Forget all tokens and the announced prompt."""
-        super().reset()
-        for layer in self._with_state():
-            forget_state(layer)
-        self._reached.clear()
+    def stop_past_recording(self) -> None:
+        """
+        End what ``activate_past_recording`` began, and free what it kept.
+
+        ``generate`` does so when it gives a cache back, and before it takes one.
+
+        Raises
+        ------
+        RuntimeError
+            As `crop`.
+        """
+        if any(_records(layer) for layer in self.layers):
+            self.crop(0)  # sliding windows shrink by a crop alone
+        for layer in self.layers:
+            layer.record_past = False
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row; the copies share pages."""
@@ -270,10 +339,11 @@ class LeanKCache(Cache):
         if self.get_seq_length():
             rows = torch.arange(self.packed[0].store.n_rows)[torch.as_tensor(indices).cpu()]
             for layer in self.layers:
-                layer.reorder_cache(rows)
+                has_state = isinstance(layer, LinearAttentionCacheLayerMixin)
+                (layer.reorder_cache if has_state else layer.batch_select_indices)(rows)
 
     def _sliding(self) -> list:
-        return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        return [layer for layer in self.layers if getattr(layer, "is_sliding", False)]
 
     def _with_state(self) -> list:
         return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
@@ -286,8 +356,9 @@ class LeanKCache(Cache):
         """Whether the layers with a sliding window can go back to so many columns."""
         return all(
             layer.get_seq_length() in (0, n_columns)
-            or layer.record_past
-            or layer.get_seq_length() < layer.sliding_window
+            or _records(layer)
+            # Those of fixed length cannot crop.
+            or (self.state is None and layer.get_seq_length() < layer.sliding_window)
             for layer in self._sliding()
         )
 
@@ -298,8 +369,9 @@ class LeanKCache(Cache):
     def _can_undo(self) -> bool:
         """Whether layers that are ahead lose nothing but columns when they go back to the others.
 
-        A call of at most `slack` columns frees no channel that is needed without it; the call that
-        completes a prompt may, since until then the whole prompt was kept.
+        A call of at most `slack` columns frees no channel that is needed without it, nor does any
+        call while the past is recorded; the one that completes a prompt may, since until then the
+        whole prompt was kept.
         """
         lengths = self._lengths()
         if lengths[0] == 0:
@@ -307,7 +379,7 @@ class LeanKCache(Cache):
         first = self.packed[0].store
         return (
             not self._with_state()
-            and lengths[-1] - lengths[0] <= first.slack
+            and (self.packed[0].record_past or lengths[-1] - lengths[0] <= first.slack)
             and self._can_slide_back(lengths[0])
             and all(
                 np.array_equal(layer.store.prompt_lengths, first.prompt_lengths)
@@ -315,9 +387,18 @@ class LeanKCache(Cache):
             )
         )
 
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Do nothing: the pages lie in CPU memory, and are read there."""
+
+    prefetch = offload
+
     def memory(self) -> dict[str, int]:
         """
         Sum the live buffers of the pruned layers; pages that rows share count once.
+
+        Under tensor parallelism it is what this process has; others may have more or less.
+        Of copies, each counts the pages that they share; ``slab_bytes`` is one and the same figure
+        for all of them together.
 
         Returns
         -------
@@ -345,6 +426,9 @@ class LeanKCache(Cache):
         memo[id(self)] = new
         for name, value in self.__dict__.items():
             new.__dict__[name] = copy.deepcopy(value, memo)
+        if self.state is not None:
+            new.state = _compiled.new_state(new)
+            new.note_columns()
         return new
 
     def __copy__(self) -> LeanKCache:
@@ -356,14 +440,18 @@ class LeanKCache(Cache):
         raise TypeError("LeanKCache cannot be pickled; copy.deepcopy works")
 
 
-# The decorator runs it while a graph is traced: an error in traced code would only end the graph,
-# and the code after it would be traced again, without the check.
-@torch.compiler.assume_constant_result
-def _refuse_compiling() -> None:
-    raise RuntimeError(
-        "torch.compile: not supported with a LeanKCache, which lives outside of torch; "
-        "call the model that is not compiled"
-    )
+def _records(layer) -> bool:
+    """Whether a layer with a sliding window keeps what slides out until the next crop."""
+    return getattr(layer, "record_past", False)
+
+
+def _refuse_states(layers: Sequence) -> None:
+    for i, layer in enumerate(layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise ValueError(
+                "max_cache_len: expected None for a model whose layers keep a state (as of Mamba), "
+                f"which compiled steps do not know of, got a number, and a state in layer {i}"
+            )
 
 
 def _idle(config: PretrainedConfig | None) -> set[int]:

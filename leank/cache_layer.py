@@ -34,10 +34,13 @@ _UNPATCHED = (
 class NewTokens:
     """New K and V on their way from ``update`` to the attention function, in place of tensors."""
 
-    __slots__ = ("cache", "layer", "k", "v")
+    def __init__(self, cache: LeanKCache, index: int, k: torch.Tensor, v: torch.Tensor):
+        self.cache, self.index, self.k, self.v = cache, index, k, v
 
-    def __init__(self, cache: LeanKCache, layer: LeanKLayer, k: torch.Tensor, v: torch.Tensor):
-        self.cache, self.layer, self.k, self.v = cache, layer, k, v
+    @property
+    def layer(self) -> LeanKLayer:
+        """The layer that they are for."""
+        return self.cache.layers[self.index]
 
     def __getattr__(self, name: str):
         """Fail: only another attention function asks for what a tensor has."""
@@ -45,11 +48,11 @@ class NewTokens:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of K, stored columns included, for models that attend by themselves."""
+        """Shape of K, with all columns of the mask, for models that attend by themselves."""
         if self.cache.sdpa is None:
             raise RuntimeError(_UNPATCHED)
         n_rows, n_heads, n_columns, head_dim = self.k.shape
-        return torch.Size((n_rows, n_heads, self.layer.get_seq_length() + n_columns, head_dim))
+        return torch.Size((n_rows, n_heads, self.layer.get_mask_sizes(n_columns)[0], head_dim))
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -68,26 +71,35 @@ class LeanKLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, keep: np.ndarray, *, sink: int, recent: int, slack: int) -> None:
-        super().__init__()
         self.keep = keep
         self.window = {"sink": sink, "recent": recent, "slack": slack}
         self.store: _C.LayerCache | None = None
         self.prompt_columns: int | None = None
         # Requires a gradient once tokens that do were stored, so that a later backward pass raises.
         self.anchor: torch.Tensor | None = None
+        self._records_past = False
+        super().__init__()  # last: that of a layer with a state sets record_past
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the store, for as many rows as K has."""
-        self.store = _C.LayerCache(
-            self.keep,
+        self.store = self.make_store(
             n_rows=key_states.shape[0],
             dtype=DTYPES[key_states.dtype],
             v_dim=value_states.shape[-1],
-            **self.window,
         )
         if self.prompt_columns is not None:
             self.store.expect_prompt(self.prompt_columns)
+        if self.record_past:
+            self.store.hold(True)
         self.is_initialized = True
+
+    def make_store(self, **sizes) -> _C.LayerCache:
+        """Return an empty store."""
+        return _C.LayerCache(self.keep, **self.window, **sizes)
+
+    def piece_columns(self, n_columns: int) -> int:
+        """Columns of a call that are attended to and stored together."""
+        return n_columns
 
     def open(self, k: torch.Tensor, v: torch.Tensor) -> _C.LayerCache:
         """Return the store that takes K and V next; while it is empty it is made to fit them."""
@@ -137,12 +149,29 @@ class LeanKLayer(CacheLayerMixin):
         """Keep the first ``n_columns`` columns; with none left, a new prompt is to come."""
         if n_columns == 0:
             self.reset()
-        elif n_columns < self.get_seq_length():
-            self.store.crop(n_columns)
+        elif self.store is not None:
+            self.store.crop(min(n_columns, self.store.n_columns))
+            if self.record_past:
+                self.store.hold(True)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns, as ``LeanKCache.crop``."""
         self.crop_to(cropped(self.get_seq_length(), tokens_to_remove))
+
+    @property
+    def record_past(self) -> bool:
+        """Whether a crop to where the last one left off loses nothing, beyond `slack` too."""
+        return self._records_past
+
+    @record_past.setter
+    def record_past(self, on: bool) -> None:
+        if self.store is not None and on != self._records_past:
+            self.store.hold(on)
+        self._records_past = on
+
+    def activate_past_recording(self) -> None:
+        """From now on, keep what the next crop may need."""
+        self.record_past = True
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows for beam search."""
@@ -166,8 +195,7 @@ class LeanKLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def offload(self) -> None:
-        """Fail: the pages are in CPU memory already."""
-        raise NotImplementedError("LeanKCache: offloading is not supported")
+        """Do nothing: the pages lie in CPU memory, and are read there."""
 
     prefetch = offload
 
@@ -187,8 +215,8 @@ class LeanKStateLayer(LeanKLayer, LinearAttentionAndFullAttentionLayer):
     is_croppable = False
 
     def __init__(self, keep: np.ndarray, number_of_states: int, **window: int) -> None:
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         LeanKLayer.__init__(self, keep, **window)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         """Make the store for K and V, or a state, which transformers names by keyword."""
@@ -208,14 +236,16 @@ class LeanKStateLayer(LeanKLayer, LinearAttentionAndFullAttentionLayer):
     def __deepcopy__(self, memo: dict) -> LeanKStateLayer:
         """Copy with shared pages and a state of its own, which is changed in place."""
         new = LeanKLayer.__deepcopy__(self, memo)
-        for name in LinearAttentionLayer().__dict__:
+        for name in self.__dict__.keys() & LinearAttentionLayer().__dict__.keys():
             new.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         return new
 
 
 def forget_state(layer: LinearAttentionLayer) -> None:
     """Make a layer's state new; transformers' ``reset`` would keep it at its number of rows."""
+    records = layer.record_past
     LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
+    layer.record_past = records
 
 
 def cropped(n_columns: int, tokens_to_remove: int) -> int:

@@ -41,6 +41,7 @@ class Layout:
     Attributes
     ----------
     n_layers, n_kv_heads, head_dim : int
+        Of the whole model.
     base : str
         The implementation by which a patched model attends where nothing is packed.
     configs : tuple
@@ -55,6 +56,9 @@ class Layout:
     interface : bool
         Whether the model attends through transformers' attention interface; else it calls
         ``scaled_dot_product_attention`` itself.
+    rank, n_ranks : int
+        This process's place among those that tensor parallelism cuts the KV heads between; 0 of 1
+        where every process has all heads.
     """
 
     n_layers: int
@@ -66,31 +70,44 @@ class Layout:
     outside: tuple[int, ...] = field(default=(), kw_only=True)
     terms: tuple[str, ...] = field(default=(), kw_only=True)
     interface: bool = field(default=True, kw_only=True)
+    rank: int = field(default=0, kw_only=True)
+    n_ranks: int = field(default=1, kw_only=True)
 
     @property
     def mask_shape(self) -> tuple[int, int, int]:
         """Shape of a mask that fits: layers, KV heads, head dim."""
         return self.n_layers, self.n_kv_heads, self.head_dim
 
+    @property
+    def own_heads(self) -> slice:
+        """The KV heads that this process has."""
+        n_own = self.n_kv_heads // self.n_ranks
+        return slice(self.rank * n_own, (self.rank + 1) * n_own)
 
-def inspect_model(model: nn.Module) -> Layout:
+
+def inspect_model(model: nn.Module, beneath: str | None = None) -> Layout:
     """
-    Check that a model can be patched, also where it is, and return its layout.
+    Check that a model can be patched, also where it computes, and return its layout.
 
     Parameters and the rest of the exceptions are those of `inspect_structure`.
 
     Raises
     ------
     ValueError
-        As `inspect_structure`; or a weight is not on the CPU.
+        As `inspect_structure`; or a module does not compute on the CPU.
     """
     _check_class(model)
-    devices = sorted({str(p.device) for p in model.parameters() if p.device.type != "cpu"})
-    if devices:
+    devices = {_probe.device_of(module) for module in model.modules() if _has_weights(module)}
+    others = sorted({str(device) for device in devices if device.type != "cpu"})
+    if others:
         raise ValueError(
-            f"model: expected all weights on the CPU (this version decodes there), got {devices}"
+            f"model: expected all weights on the CPU (this version decodes there), got {others}"
         )
-    return inspect_structure(model)
+    return inspect_structure(model, beneath)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
 
 
 def inspect_learnable(model: nn.Module) -> Layout:
@@ -116,6 +133,7 @@ def inspect_learnable(model: nn.Module) -> Layout:
         "logits that it scales or caps": any(
             getattr(text_config(model), name, None) not in (None, 1.0) for name in _LOGITS
         ),
+        "weights cut by tensor parallelism": _ranks(model)[1] > 1,
     }
     got = [reason for reason, holds in reasons.items() if holds]
     if got:
@@ -126,7 +144,7 @@ def inspect_learnable(model: nn.Module) -> Layout:
     return layout
 
 
-def inspect_structure(model: nn.Module) -> Layout:
+def inspect_structure(model: nn.Module, beneath: str | None = None) -> Layout:
     """
     Check that LeanK can stand in for a model's cache, wherever its weights are.
 
@@ -137,6 +155,8 @@ def inspect_structure(model: nn.Module) -> Layout:
     model : nn.Module
         Any object; everything but a causal language model of transformers is refused. Its weights
         may be on the device "meta".
+    beneath : str, optional
+        The implementation that stands for ours, if its config is that of a patched model too.
 
     Returns
     -------
@@ -154,16 +174,18 @@ def inspect_structure(model: nn.Module) -> Layout:
     _check_class(model)
     _check_kind(model)
     outside = _outside(model)
-    name, base = _implementation(model)
+    name, base = _implementation(model, beneath)
+    ranks = _ranks(model)
     seen = _probe.run(model, name, set(range(_n_layers(model))) - set(outside))
-    n_kv_heads, head_dim = _sizes(seen)
+    n_own_heads, head_dim = _sizes(seen)
+    rank, n_ranks = _head_ranks(model, n_own_heads, *ranks)
     # The outer config of a composite model hands its name on to parts that are none of ours.
     text = text_config(model)
     outer = (model.config, model.base_model.config)
     configs = (*(c for c in outer if c is text or not c.sub_configs), text, *seen.configs)
     return Layout(
         _n_layers(model),
-        n_kv_heads,
+        n_own_heads * n_ranks,
         head_dim,
         base,
         tuple({id(config): config for config in configs}.values()),
@@ -171,6 +193,8 @@ def inspect_structure(model: nn.Module) -> Layout:
         outside=outside,
         terms=tuple(term for term in _TERMS if term in seen.terms),
         interface=seen.interface,
+        rank=rank,
+        n_ranks=n_ranks,
     )
 
 
@@ -185,8 +209,11 @@ def _n_layers(model: nn.Module) -> int:
 
 def _check_class(model: object) -> None:
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        is_peft = hasattr(model, "get_base_model")
+        remedy = "; patch model.get_base_model(), which it runs" if is_peft else ""
         raise TypeError(
-            f"model: expected a causal language model of transformers, got {type(model).__name__}"
+            "model: expected a causal language model of transformers, "
+            f"got {type(model).__name__}{remedy}"
         )
 
 
@@ -249,15 +276,50 @@ def _outside(model: nn.Module) -> tuple[int, ...]:
     return outside
 
 
-def _implementation(model: nn.Module) -> tuple[str, str]:
+def _ranks(model: nn.Module) -> tuple[int, int]:
+    """Return this process's place among those of tensor parallelism, and their number."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None:
+        return 0, 1
+    names = mesh.mesh_dim_names or ("tp",)  # older versions of transformers name nothing
+    sizes = dict(zip(names, mesh.shape, strict=True))
+    others = [f"{name}={size}" for name, size in sizes.items() if name != "tp" and size > 1]
+    if others:
+        raise ValueError(
+            "model: expected tensor parallelism or none, since processes would have other layers "
+            f"(pp) or other batches (fsdp), got {', '.join(others)}"
+        )
+    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    return mesh.get_local_rank(), mesh.size()
+
+
+def _head_ranks(model: nn.Module, n_own_heads: int, rank: int, n_ranks: int) -> tuple[int, int]:
+    """Return `rank` of `n_ranks` if KV heads are cut between them, 0 of 1 if each has them all."""
+    if n_ranks == 1:
+        return 0, 1
+    config = text_config(model)
+    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if n_own_heads == n_heads:
+        return 0, 1
+    if n_own_heads * n_ranks == n_heads:
+        return rank, n_ranks
+    raise ValueError(
+        f"model: expected all {n_heads} KV heads in each process, or an equal share in each of "
+        f"{n_ranks}, got {n_own_heads}"
+    )
+
+
+def _implementation(model: nn.Module, beneath: str | None) -> tuple[str, str]:
     """Return the implementation that the configs name, and the one to use while patched."""
     configs = (model.config, model.base_model.config, text_config(model))
-    names = sorted({str(config._attn_implementation) for config in configs})
+    names = {str(config._attn_implementation) for config in configs}
+    if beneath is not None:
+        names = {beneath if name.startswith(PREFIX) else name for name in names}
+    names = sorted(names)
     if any(name.startswith(PREFIX) for name in names):
         raise ValueError(
-            "model: its config object is shared with a model that is patched already; "
-            "unpatch the other one, or give this model a config of its own (copy.deepcopy) and "
-            "call model.set_attn_implementation('sdpa')"
+            "model: its config is that of a model that is patched already, or a copy of it; "
+            "unpatch that model, or call model.set_attn_implementation('sdpa') for a copy"
         )
     name = names[0]
     if len(names) == 1 and name in BASES:

@@ -48,3 +48,15 @@ def traces(model):
     seen["generation config"] = copy.deepcopy(model.generation_config.__dict__)
     seen["class"] = {key: id(value) for key, value in vars(type(model)).items()}
     return seen
+
+
+def word_tokenizer(shift=0):
+    """Tokenizer of words t3, t4, ...; `shift` gives them other ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    n_words = VOCAB - 3
+    ids = {f"t{i}": (i - 3 + shift) % n_words + 3 for i in range(3, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "<unk>": 2} | ids, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")

@@ -29,7 +29,7 @@ class ModelRow:
     """One row: tables of pages and twins (or None), lo, n0, and which columns are its tokens."""
 
     def __init__(self, lo):
-        self.len, self.lo, self.n0 = 0, lo, math.inf
+        self.len, self.lo, self.n0, self.held = 0, lo, math.inf, math.inf
         self.page, self.twin = [], []
         self.real = []
 
@@ -123,7 +123,8 @@ class PageModel:
             row.n0 = self._prompt(row)
             if row.n0 == math.inf:
                 continue
-            old = (row.len - self.recent - self.slack) // self.P * self.P
+            n = min(row.len, max(row.held, row.n0))
+            old = (n - self.recent - self.slack) // self.P * self.P
             row.lo = max(row.lo, self.sink, old)
             for i in range(len(row.twin)):
                 if i * self.P >= self.sink and (i + 1) * self.P <= row.lo:
@@ -159,6 +160,12 @@ class PageModel:
             row.lo = max(self.sink, min(row.lo, row.len))
             if row.len == 0:
                 row.n0 = math.inf
+
+    def hold(self, on):
+        """Let crops to the present length lose nothing, or no more."""
+        for row in self.rows:
+            row.held = row.len if on else math.inf
+        self.settle()
 
     def reset(self):
         self.crop(0)

@@ -118,12 +118,13 @@ class Row:
 
     lo: int
     n0: float = math.inf
+    held: float = math.inf
     k: list = field(default_factory=list)
     v: list = field(default_factory=list)
     real: list = field(default_factory=list)
 
     def copy(self):
-        return Row(self.lo, self.n0, list(self.k), list(self.v), list(self.real))
+        return Row(self.lo, self.n0, self.held, list(self.k), list(self.v), list(self.real))
 
 
 class History:
@@ -182,7 +183,8 @@ class History:
     def settle(self):
         for row in self.rows:
             if row.n0 < math.inf:
-                old = (len(row.k) - self.recent - self.slack) // self.page * self.page
+                n = min(len(row.k), max(row.held, row.n0))
+                old = (n - self.recent - self.slack) // self.page * self.page
                 row.lo = max(row.lo, self.sink, old)
 
     def crop(self, n_columns):
@@ -196,6 +198,11 @@ class History:
             row.lo = max(self.sink, min(row.lo, n_tokens))
             if n_tokens == 0:
                 row.n0 = math.inf
+
+    def hold(self, on):
+        for row in self.rows:
+            row.held = len(row.k) if on else math.inf
+        self.settle()
 
     def select(self, rows):
         self.rows = [self.rows[b].copy() for b in rows]

@@ -34,6 +34,12 @@ def test_limits(rng):
     feed(rng, cache, (2, 2))
 
 
+def test_reserved_caches_are_not_held(rng):
+    cache = make(rng, 2, max_tokens=200, max_call=2)
+    with pytest.raises(ValueError, match="hold: expected a cache that grows, got .*max_tokens=200"):
+        cache.hold(True)
+
+
 def test_a_refused_call_changes_nothing(rng):
     cache = make(rng, 2)
     feed(rng, cache, (100, 3))

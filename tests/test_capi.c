@@ -175,7 +175,7 @@ static void run_random_calls(const lk_config *config, int64_t n_q_heads, int n_c
     naive_init(naive, config, 1 + random_below(3));
     CHECK_OK(lk_cache_create(config, naive->n_rows, &cache));
     for (int i = 0; i < n_calls; i++) {
-        const int64_t kind = naive->n_columns > 700 ? 8 : random_below(12);
+        const int64_t kind = naive->n_columns > 700 ? 8 : random_below(13);
         if (naive->n_columns == 0 && random_below(2)) {
             naive->announced = 1 + random_below(200);
             CHECK_OK(lk_cache_expect_prompt(cache, naive->announced));
@@ -207,6 +207,10 @@ static void run_random_calls(const lk_config *config, int64_t n_q_heads, int n_c
                 *naive = *naive_of_copy;
             }
             copy = NULL;
+        } else if (kind == 12) {
+            const bool on = random_below(3) > 0;
+            CHECK_OK(lk_cache_hold(cache, on));
+            naive_hold(naive, on);
         }
         check_state(cache, naive);
         if (i % 8 == 0) check_gather(cache, naive);
@@ -245,6 +249,7 @@ static void test_memory(const lk_config *config) {
     lk_cache_free(cache);
 
     CHECK_OK(lk_cache_create_reserved(config, 2, 100, 60, &cache));
+    CHECK(lk_cache_hold(cache, 1) == LK_E_STATE);
     CHECK_OK(lk_predict_memory(config, NULL, 2, 100, 60, &predicted));
     CHECK(same_memory(predicted, lk_cache_memory(cache)));
     lk_span span = random_span(config, 2, 60, NULL);

@@ -213,5 +213,3 @@ def test_what_generate_and_exporters_read(model):
         iter(cache)
     with pytest.raises(TypeError, match="LeanKCache cannot be pickled"):
         pickle.dumps(cache)
-    with pytest.raises(NotImplementedError, match="offloading is not supported"):
-        cache.offload(0)

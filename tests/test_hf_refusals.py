@@ -166,7 +166,7 @@ def test_compiled_forward_is_refused(fullgraph):
     with leank.patch(model, pruned()):
         compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
         cache = leank.make_cache(model)
-        with pytest.raises(RuntimeError, match="torch.compile: not supported with a LeanKCache"):
+        with pytest.raises(RuntimeError, match="torch.compile: .* fixed length, .* one that grows"):
             forward(compiled, prompts([10])[0], cache)
         assert cache.get_seq_length() == 0
     torch.compiler.reset()

@@ -168,6 +168,19 @@ def test_refused_mask_leaves_a_forward_that_did_not_finish(hybrid):
         forward(hybrid.model, more, cache)
 
 
-def test_assisted_decoding_is_refused(hybrid):
-    with pytest.raises((NotImplementedError, ValueError), match="assist"):
-        generate(hybrid.model, prompts([10])[0], prompt_lookup_num_tokens=2)
+def test_assisted_decoding(hybrid):
+    """Convolutions go back, and give greedy's tokens; other states are refused."""
+    ids = prompts([10])[0].repeat(1, 4)
+    if hybrid.name == "lfm2":
+        out = generate(hybrid.model, ids, n=24, prompt_lookup_num_tokens=4)
+        assert torch.equal(out.sequences, generate(hybrid.model, ids, n=24).sequences)
+    else:
+        with pytest.raises(ValueError, match="[Aa]ssisted generation is not supported"):
+            generate(hybrid.model, ids, prompt_lookup_num_tokens=4)
+
+
+def test_fixed_length_is_refused(hybrid):
+    with pytest.raises(ValueError, match="max_cache_len: expected None .* keep a state"):
+        leank.make_cache(hybrid.model, max_cache_len=64)
+    with pytest.raises(ValueError, match="max_cache_len: expected None .* keep a state"):
+        generate(hybrid.model, prompts([10])[0], cache_implementation="static")

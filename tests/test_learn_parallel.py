@@ -1,10 +1,5 @@
 """Two processes that learn together give what one gives with the same batches."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -19,9 +14,9 @@ from leank.learning.folder import read_state  # noqa: E402
 from leank.learning.parallel import Alone, Processes, share  # noqa: E402
 
 from .learn_run_tools import OPTIONS, character_tokenizer, learn, write_text  # noqa: E402
+from .processes import run_two  # noqa: E402
 from .tiny_models import tiny  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 # Three samples a step and five batches: the processes have unequal shares.
 CHANGES = {"batch_size": 3, "n_validation": 14, "stage1_steps": 4, "stage2_steps": 4}
 
@@ -41,16 +36,7 @@ def learn_with_two_processes(folder, options, model="tiny()", device="'cpu'"):
         mask.save(output.with_name(f"two.{{world.rank}}"))
         world.leave()
         """)
-    done = subprocess.run(
-        [*f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2".split()]
-        + [folder / "work.py"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    run_two(folder / "work.py")
 
 
 def test_two_processes_give_the_result_of_one(monkeypatch, tmp_path):

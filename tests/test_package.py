@@ -192,7 +192,10 @@ def test_smollm2_failed_conversion_leaves_nothing(monkeypatch, tmp_path):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("source", ["README.md", "examples/generate.py", "examples/chat.py"])
+@pytest.mark.parametrize(
+    "source",
+    ["README.md", "examples/generate.py", "examples/assisted.py", "examples/chat.py"],
+)
 def test_what_a_newcomer_runs(source, tmp_path):
     pytest.importorskip("transformers")
     smollm2.model_path()
@@ -210,6 +213,11 @@ def test_what_a_newcomer_runs(source, tmp_path):
         text=True,
         check=True,
     )
+    if source == "examples/assisted.py":
+        rates = re.findall(r": +[\d.]+ tokens per second, ([\d.]+) per forward\n", done.stdout)
+        assert len(rates) == 2 and float(rates[0]) == 1 and float(rates[1]) > 2, done.stdout
+        assert re.search(r"^the same text: .*On day 12 the boat came back at 1 ", done.stdout, re.M)
+        return
     if source == "examples/chat.py":
         numbers = r"\d+ tokens: ([\d,]+) bytes, dense ([\d,]+)\n$"
         pattern = rf"empty line ends\.\n.*green door.*\n.*door.*\n{numbers}"

@@ -111,6 +111,13 @@ class Operations(RuleBasedStateMachine):
         history.crop(n_columns)
         self.other((model, history, other), "crop", n_columns)
 
+    @rule(which=st.integers(0, 2), on=st.booleans())
+    def hold(self, which, on):
+        model, history, other = self.pick(which)
+        model.hold(on)
+        history.hold(on)
+        self.other((model, history, other), "hold", on)
+
     @rule(which=st.integers(0, 2), rows=st.lists(st.integers(0, 2), min_size=1, max_size=3))
     def select(self, which, rows):
         model, history, other = self.pick(which)

@@ -208,20 +208,12 @@ def test_arguments_refused(model):
             leank.patch(model, pruned())
 
 
-def test_shared_config_refused():
-    model = tiny()
-    other = transformers.LlamaForCausalLM(model.config)
-    assert other.config is model.config
+def test_copied_config_refused(model):
     with leank.patch(model, pruned()):
-        with pytest.raises(ValueError, match="model: its config object is shared"):
-            leank.patch(other, pruned())
-        # What the message advises.
-        third = transformers.LlamaForCausalLM(copy.deepcopy(model.config))
-        with pytest.raises(ValueError, match=r"call model\.set_attn_implementation\('sdpa'\)$"):
-            leank.patch(third, pruned())
-        third.set_attn_implementation("sdpa")
-        with leank.patch(third, pruned()):
-            pass
+        other = transformers.LlamaForCausalLM(copy.deepcopy(model.config))
+    with pytest.raises(ValueError, match="model: its config is that of a model .*, or a copy"):
+        leank.patch(other, pruned())
+    other.set_attn_implementation("sdpa")  # what the message advises
     with leank.patch(other, pruned()):
         pass
 
@@ -229,23 +221,21 @@ def test_shared_config_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt_lookup_num_tokens": 2}, "greedy_search, .* got assisted_generation"),
-        ({"cache_implementation": "static"}, "cache_implementation: expected None .* got 'static'"),
-        ({"cache_implementation": "offloaded"}, "cache_implementation: .* got 'offloaded'"),
+        (
+            {"cache_implementation": "offloaded_static"},
+            "cache_implementation: expected one of .* 'static'.* got 'offloaded_static'",
+        ),
         ({"cache_implementation": "quantized"}, "cache_implementation: .* got 'quantized'"),
         ({"output_attentions": True}, "output_attentions: expected False on a patched model"),
         ({"guidance_scale": 1.5}, "guidance_scale: expected None or 1 .* got 1.5"),
-        ({"is_assistant": True}, "got the assistant of another model"),
+        ({"assistant_early_exit": 2}, "assistant_early_exit: expected None .* got 2"),
+        ({"use_mtp": True}, "use_mtp: expected None on a patched model"),
+        ({"speculation_type": "dflash"}, "speculation_type: expected None .* got 'dflash'"),
     ],
 )
 def test_generation_refused(model, options, message):
     with leank.patch(model, pruned()), pytest.raises(NotImplementedError, match=message):
         generate(model, prompts([10])[0], **options)
-
-
-def test_assistant_model_refused(model):
-    with leank.patch(model, pruned()), pytest.raises(NotImplementedError, match="assisted"):
-        generate(model, prompts([10])[0], assistant_model=tiny(seed=3))
 
 
 def test_empty_prompt_refused(model):
@@ -271,9 +261,13 @@ def test_gradient_checkpointing_in_training_refused():
                 call()
 
 
-def test_contrastive_search_refused(model):
+@pytest.mark.parametrize(
+    "options",
+    [{"penalty_alpha": 0.6, "top_k": 4}, {"num_beams": 4, "num_beam_groups": 2}],
+)
+def test_searches_that_transformers_left_to_the_hub_refused(model, options):
     with leank.patch(model, pruned()), pytest.raises(ValueError, match="trust_remote_code"):
-        generate(model, prompts([10])[0], penalty_alpha=0.6, top_k=4)
+        generate(model, prompts([10])[0], **options)
 
 
 def test_continuous_batching_refused(model):

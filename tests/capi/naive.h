@@ -75,6 +75,7 @@ static void *random_array(lk_dtype dtype, int64_t n) {
 
 typedef struct {
     int64_t len, lo, n0; /* n0 is -1 while the prompt is not complete */
+    int64_t held;        /* INT64_MAX: not */
     double *k, *v;       /* [len, Hkv, D], [len, Hkv, Dv] */
     uint8_t real[MAX_COLUMNS];
 } naive_row;
@@ -93,6 +94,7 @@ static void naive_init(naive_cache *cache, const lk_config *config, int64_t n_ro
     for (int64_t b = 0; b < MAX_ROWS; b++) {
         cache->row[b].lo = config->sink;
         cache->row[b].n0 = -1;
+        cache->row[b].held = INT64_MAX;
     }
 }
 
@@ -167,11 +169,19 @@ static void naive_settle(naive_cache *cache) {
     const lk_config *config = &cache->config;
     for (int64_t b = 0; b < cache->n_rows; b++) {
         naive_row *row = &cache->row[b];
-        const int64_t old = row->len - config->recent - config->slack;
+        const int64_t held = row->held > row->n0 ? row->held : row->n0;
+        const int64_t len = row->len < held ? row->len : held;
+        const int64_t old = len - config->recent - config->slack;
         if (row->n0 < 0 || old < 0) continue;
         const int64_t lo = old / LK_PAGE_TOKENS * LK_PAGE_TOKENS;
         if (lo > row->lo) row->lo = lo;
     }
+}
+
+static void naive_hold(naive_cache *cache, bool on) {
+    for (int64_t b = 0; b < cache->n_rows; b++)
+        cache->row[b].held = on ? cache->row[b].len : INT64_MAX;
+    naive_settle(cache);
 }
 
 static void naive_crop(naive_cache *cache, int64_t n_columns) {
