@@ -254,8 +254,9 @@ def _layers(model: nn.Module) -> list:
 
 def _outside(model: nn.Module) -> tuple[int, ...]:
     """Return the layers whose cache stays the framework's; refuse those that nobody knows."""
-    name, layers = type(model).__name__, _layers(model)
-    if "reuse" in (getattr(text_config(model), "kv_sharing_modes", None) or ()):
+    name, layers, config = type(model).__name__, _layers(model), text_config(model)
+    modes = getattr(config, "kv_sharing_modes", None) or ()  # since 5.23
+    if "reuse" in modes or getattr(config, "num_kv_shared_layers", None):
         raise ValueError(
             f"model: expected each layer to attend to K and V of its own, got {name}, whose layers "
             "share them"

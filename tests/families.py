@@ -374,6 +374,21 @@ REFUSED = {
         "own",
         r"attention interface or torch's .*, got GPTNeoForCausalLM computing with K \(\w+\)",
     ),
+    "gemma4": Refused(
+        "Gemma 4",
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": _MIXED,
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+        },
+        "shared",
+        "Gemma4ForCausalLM, whose layers share them",
+    ),
     "windows": Refused(
         "Mistral with a window",
         "MistralConfig",
@@ -388,6 +403,7 @@ _WHY = {
     "cross": "cross-attention does not decode from a growing cache",
     "alibi": "it adds a bias to each logit",
     "own": "its attention does not go through transformers' attention interface",
+    "shared": "layers that read K and V of other layers store none",
     "window": "a sliding window in every layer leaves nothing to prune",
 }
 
