@@ -270,9 +270,10 @@ class LeanKCache(Cache):
         RuntimeError
             As `crop`.
         """
-        if any(layer.record_past for layer in self.layers):
+        recording = [layer for layer in self.layers if _records(layer)]
+        if recording:
             self.crop(0)  # sliding windows shrink by a crop alone
-        for layer in self.layers:
+        for layer in recording:
             layer.record_past = False
 
     def _sliding(self) -> list:
@@ -365,7 +366,7 @@ class LeanKCache(Cache):
         raise TypeError("LeanKCache cannot be pickled; copy.deepcopy works")
 
 
-def _records(layer) -> bool:
+    """Whether a layer keeps what the next crop may need."""
     """Whether a layer with a sliding window keeps what slides out until the next crop."""
     return getattr(layer, "record_past", False)
 
