@@ -323,9 +323,10 @@ class LeanKCache(Cache):
         RuntimeError
             As `crop`.
         """
-        if any(_records(layer) for layer in self.layers):
+        recording = [layer for layer in self.layers if _records(layer)]
+        if recording:
             self.crop(0)  # sliding windows shrink by a crop alone
-        for layer in self.layers:
+        for layer in recording:
             layer.record_past = False
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -441,7 +442,7 @@ class LeanKCache(Cache):
 
 
 def _records(layer) -> bool:
-    """Whether a layer with a sliding window keeps what slides out until the next crop."""
+    """Whether a layer keeps what the next crop may need."""
     return getattr(layer, "record_past", False)
 
 
