@@ -11,6 +11,11 @@ from .tiny_models import VOCAB, prompts
 CACHE_NAMES = {"cache", "past_key_values"}  # of the argument: since 5.24, and before
 
 
+def cache_of(arguments):
+    """Return the cache among a model's arguments."""
+    return next(arguments[name] for name in CACHE_NAMES & set(arguments))
+
+
 @torch.no_grad()
 def forward(model, ids, cache, mask=None):
     return model(ids, past_key_values=cache, attention_mask=mask).logits

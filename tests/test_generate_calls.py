@@ -15,7 +15,7 @@ from transformers.generation.streamers import TextIteratorStreamer, TextStreamer
 import leank  # noqa: E402
 
 from .compare import assert_within_budget  # noqa: E402
-from .hf_tools import forward, word_tokenizer  # noqa: E402
+from .hf_tools import cache_of, forward, word_tokenizer  # noqa: E402
 from .tiny_models import (  # noqa: E402
     all_keeping,
     assert_same,
@@ -167,7 +167,7 @@ def look_ahead(model, input_ids, logits_processor, stopping_criteria, generation
 
     It does to a cache what contrastive search does: repeats rows, selects one, crops.
     """
-    cache = kwargs["past_key_values"]
+    cache = cache_of(kwargs)
     logits = model(input_ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     steps = []
     while not stopping_criteria(input_ids, None).all():
@@ -215,7 +215,7 @@ def test_recipe_that_calls_generate_again(model, monkeypatch):
     """What transformers loads for a name replaces generate(), and calls it for its own loop."""
 
     def loop(model, input_ids, **kwargs):
-        logits = model(input_ids, past_key_values=kwargs["past_key_values"]).logits
+        logits = model(input_ids, past_key_values=cache_of(kwargs)).logits
         return logits[:, -1].argmax(-1)
 
     def recipe(model, inputs, max_new_tokens, **kwargs):
