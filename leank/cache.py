@@ -121,6 +121,7 @@ class LeanKCache(Cache):
         self.columns = None  # what leank.attention read from this forward's mask
         self._reached: set[tuple[int, str]] = set()  # layers, and what of them, by this forward
         self._due = 0  # columns after this forward
+        self._moved = False  # whether a compiled forward is between a window and what is pruned
         self._idle = _idle(config)
         self.sdpa: Callable | None = None  # for a model that does not use the attention interface
 
@@ -142,11 +143,16 @@ class LeanKCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, LeanKLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if not torch.compiler.is_compiling():  # else the operator does so, when the graph runs
-            self._due = layer.get_seq_length() + key_states.shape[-2]
-            key_states, value_states = layer.update(key_states, value_states)
-        tokens = NewTokens(self, layer_idx, key_states, value_states)
+        tokens = self.new_tokens(key_states, value_states, layer_idx)
         return tokens, tokens
+
+    def new_tokens(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> NewTokens:
+        """Return the handle of new K and V of a pruned layer."""
+        if not torch.compiler.is_compiling():  # else the operator does so, when the graph runs
+            layer = self.layers[layer_idx]
+            self._due = layer.get_seq_length() + k.shape[-2]
+            k, v = layer.update(k, v)
+        return NewTokens(self, layer_idx, k, v)
 
     def update_conv_state(self, conv_states, layer_idx: int, state_idx: int = 0, **kwargs):
         """Move a state of a layer on, as transformers does."""
@@ -171,20 +177,25 @@ class LeanKCache(Cache):
             return
         if not self._reached or (layer_idx, part) in self._reached:
             self.begin(n_columns)
-            self._reached.clear()
         self._reached.add((layer_idx, part))
 
     def _stopped(self) -> bool:
         """Whether the last forward did not reach its end, and left something behind."""
         lengths = self._lengths()
-        moved = {i for i, part in self._reached if part != "attention"}
-        if len(lengths) > 1 or not moved:
-            return len(lengths) > 1
+        if len(lengths) > 1 or self._moved:
+            return True
+        if all(part == "attention" for _, part in self._reached):
+            return False
         expected = set(range(len(self.layers))) - self._idle
         return {i for i, _ in self._reached} != expected or lengths != [self._due]
 
-    def begin(self, n_columns: int) -> None:
-        """Require that a forward over so many columns can start."""
+    def begin(self, n_columns: int, moved: bool = False) -> None:
+        """
+        Require that a forward over so many columns can start, and start it.
+
+        `moved` says that sliding windows have moved on before this. A graph tells their length at
+        its end alone, so `go_on` must follow, or the forward did not finish.
+        """
         self.columns = None
         if self._stopped():
             lengths = self._lengths()
@@ -193,12 +204,20 @@ class LeanKCache(Cache):
                 if self._can_undo()
                 else "cache.reset() and feed everything again"
             )
-            got = f"layers hold {lengths} columns" if len(lengths) > 1 else "states moved on"
+            got = f"layers hold {lengths} columns"
+            if len(lengths) == 1:
+                got = f"{'sliding windows' if self._moved else 'states'} moved on"
             raise RuntimeError(
                 f"LeanKCache: {got} because an earlier forward did not finish; {remedy}"
             )
+        self._moved = moved
         if self.max_cache_len is not None:
             self.packed[0].check_room(n_columns)
+        self._reached.clear()
+
+    def go_on(self) -> None:
+        """Note that the first pruned layer keeps step with the windows before it."""
+        self._moved = False
 
     @property
     def n_columns(self) -> int:
@@ -222,6 +241,7 @@ class LeanKCache(Cache):
         for layer in self._with_state():
             forget_state(layer)
         self._reached.clear()
+        self._moved = False
         self.note_columns()
 
     def expect_prompt(self, n_columns: int) -> None:
@@ -282,7 +302,7 @@ class LeanKCache(Cache):
             raise RuntimeError(
                 f"LeanKCache: layers hold {lengths} columns because a forward did not finish, and "
                 "the layers that did have dropped channels of older tokens or moved their state "
-                "on; cache.reset() and feed everything again"
+                "or window on; cache.reset() and feed everything again"
             )
         if n_columns < lengths[0] and n_columns and not self._can_take_back():
             raise RuntimeError(
@@ -377,6 +397,8 @@ class LeanKCache(Cache):
         lengths = self._lengths()
         if lengths[0] == 0:
             return True  # all layers begin again
+        if self.max_cache_len is not None and self._sliding():
+            return False  # windows of fixed length cannot go back, and a graph may have moved them
         first = self.packed[0].store
         return (
             not self._with_state()
