@@ -154,17 +154,16 @@ class LeanKCache(Cache):
             k, v = layer.update(k, v)
         return NewTokens(self, layer_idx, k, v)
 
-    def update_conv_state(self, conv_states, layer_idx: int, state_idx: int = 0, **kwargs):
-        """Move a state of a layer on, as transformers does."""
+    # Each forward reads a state before it moves it on, by one token in place.
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return a state of a layer for a forward to move on, as transformers does."""
         self._reach(layer_idx, f"convolution {state_idx}")
-        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+        return super().get_conv_state(layer_idx, state_idx)
 
-    def update_recurrent_state(
-        self, recurrent_states, layer_idx: int, state_idx: int = 0, **kwargs
-    ):
-        """Move a state of a layer on, as transformers does."""
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return a state of a layer for a forward to move on, as transformers does."""
         self._reach(layer_idx, f"recurrence {state_idx}")
-        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+        return super().get_recurrent_state(layer_idx, state_idx)
 
     def _reach(self, layer_idx: int, part: str, n_columns: int = 0) -> None:
         """Note how far a forward has come; what it reaches again is the begin of another."""
