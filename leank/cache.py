@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from . import _compiled
+from .cache_args import checked_int, fitted, idle_layers, refuse_states, resolve_window
 from .cache_layer import LeanKLayer, LeanKStateLayer, NewTokens, cropped, forget_state
 from .masks import ChannelMask
 from .models import PRUNED
@@ -101,7 +101,7 @@ class LeanKCache(Cache):
             layers = DynamicCache(config=config).layers
             outside = [i for i, layer in enumerate(layers) if type(layer) not in PRUNED]
             if max_cache_len is not None:
-                _refuse_states(layers)
+                refuse_states(layers)
                 layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
             fitted(mask, len(layers), outside)
         elif mask.outside:
@@ -122,7 +122,7 @@ class LeanKCache(Cache):
         self._reached: set[tuple[int, str]] = set()  # layers, and what of them, by this forward
         self._due = 0  # columns after this forward
         self._moved = False  # whether a compiled forward is between a window and what is pruned
-        self._idle = _idle(config)
+        self._idle = idle_layers(config)
         self.sdpa: Callable | None = None  # for a model that does not use the attention interface
 
     @property
@@ -465,69 +465,6 @@ class LeanKCache(Cache):
 def _records(layer) -> bool:
     """Whether a layer keeps what the next crop may need."""
     return getattr(layer, "record_past", False)
-
-
-def _refuse_states(layers: Sequence) -> None:
-    for i, layer in enumerate(layers):
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            raise ValueError(
-                "max_cache_len: expected None for a model whose layers keep a state (as of Mamba), "
-                f"which compiled steps do not know of, got a number, and a state in layer {i}"
-            )
-
-
-def _idle(config: PretrainedConfig | None) -> set[int]:
-    """Return the layers that no forward reaches: experts or an MLP alone, as in Nemotron-H."""
-    if config is None:
-        return set()
-    types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
-    return {i for i, name in enumerate(types) if name in ("moe", "mlp")}
-
-
-def fitted(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> ChannelMask:
-    """Return the mask for a model without full attention in the layers `outside`, or raise."""
-    if len(mask.keep) != n_layers:
-        raise ValueError(f"mask: expected {n_layers} layers, got {len(mask.keep)}")
-    wrong = [i for i in outside if not mask.keep[i].all()]
-    if wrong:
-        raise ValueError(
-            f"mask: expected every channel in layer {wrong[0]}, whose sliding window, chunks or "
-            f"state stay with transformers' own cache, got {mask.keep[wrong[0]].mean():.1%} of them"
-        )
-    if mask.outside and mask.outside != tuple(outside):
-        raise ValueError(
-            f"mask: expected layers {list(outside)} outside, where the model has no full "
-            f"attention, got {list(mask.outside)}"
-        )
-    return dataclasses.replace(mask, outside=tuple(outside)) if outside else mask
-
-
-def resolve_window(
-    mask: ChannelMask, sink: int | None, recent: int | None, slack: int
-) -> dict[str, int]:
-    """Return the window: what is given, else what the mask was learned with."""
-    window = {}
-    for name, value, known, least in (
-        ("sink", sink, mask.sink, 0),
-        ("recent", recent, mask.recent, 1),
-        ("slack", slack, None, 0),
-    ):
-        value = known if value is None else value
-        if value is None:
-            raise ValueError(
-                f"{name}: expected a number because the mask does not know its window, got None"
-            )
-        window[name] = checked_int(name, value, least)
-    return window
-
-
-def checked_int(name: str, value: object, least: int) -> int:
-    """Return an int of Python or NumPy as one of Python; a bool is a slip of the caller."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected an int of at least {least}, got {value}")
-    return int(value)
 
 
 def patch_of(model: nn.Module) -> Patch:
