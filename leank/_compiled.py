@@ -62,15 +62,16 @@ def kernel(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         if cache is None:
             raise RuntimeError("LeanKCache: expected the cache of a compiled call, got none")
         if cache.layers[layer] is cache.packed[0]:
-            cache.begin(k.shape[2])
+            cache.begin(k.shape[2], moved=layer > 0)
             if n_columns != cache.n_columns:
                 raise RuntimeError(
                     f"LeanKCache: expected {n_columns} columns, as compiled forwards know, got "
                     f"{cache.n_columns}: an earlier forward did not finish, or layers were changed "
                     "one by one; cache.crop(0) goes on from what there is"
                 )
-        tokens, _ = cache.update(k, v, layer)
+        tokens = cache.new_tokens(k, v, layer)
         out = function(q, tokens, mask, {"sinks": sinks, "scale": scale, "softcap": softcap})
+        cache.go_on()
         # Of the argument: torch may run this on a copy of the cache's own, and copies it back.
         state[1] = cache.n_columns
         return out

@@ -22,7 +22,8 @@ from torch import nn
 
 from . import attention
 from ._generate import HOOKS, REPLACED
-from .cache import HANDLE, LeanKCache, fitted, patch_of, resolve_window
+from .cache import HANDLE, LeanKCache, patch_of
+from .cache_args import fitted, resolve_window
 from .cache_layer import LeanKLayer
 from .mask_source import load_mask
 from .masks import ChannelMask

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from . import _compiled
+from .cache_args import checked_int, fitted, idle_layers, refuse_states, resolve_window
 from .cache_layer import LeanKLayer, LeanKStateLayer, NewTokens, cropped, forget_state
 from .masks import ChannelMask
 from .models import PRUNED
@@ -101,7 +101,7 @@ class LeanKCache(Cache):
             layers = DynamicCache(config=config).layers
             outside = [i for i, layer in enumerate(layers) if type(layer) not in PRUNED]
             if max_cache_len is not None:
-                _refuse_states(layers)
+                refuse_states(layers)
                 layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
             fitted(mask, len(layers), outside)
         elif mask.outside:
@@ -121,7 +121,8 @@ class LeanKCache(Cache):
         self.columns = None  # what leank.attention read from this forward's mask
         self._reached: set[tuple[int, str]] = set()  # layers, and what of them, by this forward
         self._due = 0  # columns after this forward
-        self._idle = _idle(config)
+        self._moved = False  # whether a compiled forward is between a window and what is pruned
+        self._idle = idle_layers(config)
         self.sdpa: Callable | None = None  # for a model that does not use the attention interface
 
     @property
@@ -142,23 +143,27 @@ class LeanKCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, LeanKLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if not torch.compiler.is_compiling():  # else the operator does so, when the graph runs
-            self._due = layer.get_seq_length() + key_states.shape[-2]
-            key_states, value_states = layer.update(key_states, value_states)
-        tokens = NewTokens(self, layer_idx, key_states, value_states)
+        tokens = self.new_tokens(key_states, value_states, layer_idx)
         return tokens, tokens
 
-    def update_conv_state(self, conv_states, layer_idx: int, state_idx: int = 0, **kwargs):
-        """Move a state of a layer on, as transformers does."""
-        self._reach(layer_idx, f"convolution {state_idx}")
-        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+    def new_tokens(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> NewTokens:
+        """Return the handle of new K and V of a pruned layer."""
+        if not torch.compiler.is_compiling():  # else the operator does so, when the graph runs
+            layer = self.layers[layer_idx]
+            self._due = layer.get_seq_length() + k.shape[-2]
+            k, v = layer.update(k, v)
+        return NewTokens(self, layer_idx, k, v)
 
-    def update_recurrent_state(
-        self, recurrent_states, layer_idx: int, state_idx: int = 0, **kwargs
-    ):
-        """Move a state of a layer on, as transformers does."""
+    # Each forward reads a state before it moves it on, by one token in place.
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return a state of a layer for a forward to move on, as transformers does."""
+        self._reach(layer_idx, f"convolution {state_idx}")
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return a state of a layer for a forward to move on, as transformers does."""
         self._reach(layer_idx, f"recurrence {state_idx}")
-        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+        return super().get_recurrent_state(layer_idx, state_idx)
 
     def _reach(self, layer_idx: int, part: str, n_columns: int = 0) -> None:
         """Note how far a forward has come; what it reaches again is the begin of another."""
@@ -171,20 +176,25 @@ class LeanKCache(Cache):
             return
         if not self._reached or (layer_idx, part) in self._reached:
             self.begin(n_columns)
-            self._reached.clear()
         self._reached.add((layer_idx, part))
 
     def _stopped(self) -> bool:
         """Whether the last forward did not reach its end, and left something behind."""
         lengths = self._lengths()
-        moved = {i for i, part in self._reached if part != "attention"}
-        if len(lengths) > 1 or not moved:
-            return len(lengths) > 1
+        if len(lengths) > 1 or self._moved:
+            return True
+        if all(part == "attention" for _, part in self._reached):
+            return False
         expected = set(range(len(self.layers))) - self._idle
         return {i for i, _ in self._reached} != expected or lengths != [self._due]
 
-    def begin(self, n_columns: int) -> None:
-        """Require that a forward over so many columns can start."""
+    def begin(self, n_columns: int, moved: bool = False) -> None:
+        """
+        Require that a forward over so many columns can start, and start it.
+
+        `moved` says that sliding windows have moved on before this. A graph tells their length at
+        its end alone, so `go_on` must follow, or the forward did not finish.
+        """
         self.columns = None
         if self._stopped():
             lengths = self._lengths()
@@ -193,12 +203,20 @@ class LeanKCache(Cache):
                 if self._can_undo()
                 else "cache.reset() and feed everything again"
             )
-            got = f"layers hold {lengths} columns" if len(lengths) > 1 else "states moved on"
+            got = f"layers hold {lengths} columns"
+            if len(lengths) == 1:
+                got = f"{'sliding windows' if self._moved else 'states'} moved on"
             raise RuntimeError(
                 f"LeanKCache: {got} because an earlier forward did not finish; {remedy}"
             )
+        self._moved = moved
         if self.max_cache_len is not None:
             self.packed[0].check_room(n_columns)
+        self._reached.clear()
+
+    def go_on(self) -> None:
+        """Note that the first pruned layer keeps step with the windows before it."""
+        self._moved = False
 
     @property
     def n_columns(self) -> int:
@@ -222,6 +240,7 @@ class LeanKCache(Cache):
         for layer in self._with_state():
             forget_state(layer)
         self._reached.clear()
+        self._moved = False
         self.note_columns()
 
     def expect_prompt(self, n_columns: int) -> None:
@@ -282,7 +301,7 @@ class LeanKCache(Cache):
             raise RuntimeError(
                 f"LeanKCache: layers hold {lengths} columns because a forward did not finish, and "
                 "the layers that did have dropped channels of older tokens or moved their state "
-                "on; cache.reset() and feed everything again"
+                "or window on; cache.reset() and feed everything again"
             )
         if n_columns < lengths[0] and n_columns and not self._can_take_back():
             raise RuntimeError(
@@ -377,6 +396,8 @@ class LeanKCache(Cache):
         lengths = self._lengths()
         if lengths[0] == 0:
             return True  # all layers begin again
+        if self.max_cache_len is not None and self._sliding():
+            return False  # windows of fixed length cannot go back, and a graph may have moved them
         first = self.packed[0].store
         return (
             not self._with_state()
@@ -444,69 +465,6 @@ class LeanKCache(Cache):
 def _records(layer) -> bool:
     """Whether a layer keeps what the next crop may need."""
     return getattr(layer, "record_past", False)
-
-
-def _refuse_states(layers: Sequence) -> None:
-    for i, layer in enumerate(layers):
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            raise ValueError(
-                "max_cache_len: expected None for a model whose layers keep a state (as of Mamba), "
-                f"which compiled steps do not know of, got a number, and a state in layer {i}"
-            )
-
-
-def _idle(config: PretrainedConfig | None) -> set[int]:
-    """Return the layers that no forward reaches: experts or an MLP alone, as in Nemotron-H."""
-    if config is None:
-        return set()
-    types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
-    return {i for i, name in enumerate(types) if name in ("moe", "mlp")}
-
-
-def fitted(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> ChannelMask:
-    """Return the mask for a model without full attention in the layers `outside`, or raise."""
-    if len(mask.keep) != n_layers:
-        raise ValueError(f"mask: expected {n_layers} layers, got {len(mask.keep)}")
-    wrong = [i for i in outside if not mask.keep[i].all()]
-    if wrong:
-        raise ValueError(
-            f"mask: expected every channel in layer {wrong[0]}, whose sliding window, chunks or "
-            f"state stay with transformers' own cache, got {mask.keep[wrong[0]].mean():.1%} of them"
-        )
-    if mask.outside and mask.outside != tuple(outside):
-        raise ValueError(
-            f"mask: expected layers {list(outside)} outside, where the model has no full "
-            f"attention, got {list(mask.outside)}"
-        )
-    return dataclasses.replace(mask, outside=tuple(outside)) if outside else mask
-
-
-def resolve_window(
-    mask: ChannelMask, sink: int | None, recent: int | None, slack: int
-) -> dict[str, int]:
-    """Return the window: what is given, else what the mask was learned with."""
-    window = {}
-    for name, value, known, least in (
-        ("sink", sink, mask.sink, 0),
-        ("recent", recent, mask.recent, 1),
-        ("slack", slack, None, 0),
-    ):
-        value = known if value is None else value
-        if value is None:
-            raise ValueError(
-                f"{name}: expected a number because the mask does not know its window, got None"
-            )
-        window[name] = checked_int(name, value, least)
-    return window
-
-
-def checked_int(name: str, value: object, least: int) -> int:
-    """Return an int of Python or NumPy as one of Python; a bool is a slip of the caller."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected an int of at least {least}, got {value}")
-    return int(value)
 
 
 def patch_of(model: nn.Module) -> Patch:

@@ -14,13 +14,16 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    StaticSlidingWindowLayer,
 )
 
 from .cache import LeanKCache
 from .cache_layer import LeanKLayer
 from .models import DTYPES
+from .static_layer import LeanKStaticLayer
 
 _SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+_WINDOWS = (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
 _SUMS = ("k_bytes", "v_bytes", "allocated_bytes", "dense_bytes", "n_pages", "n_twins")
 
 
@@ -38,7 +41,8 @@ class LayerMemory:
     allocated_bytes : int
         Taken from the allocator for them.
     dense_bytes : int
-        That K and V of the same tokens take in the same dtype without pruning.
+        That K and V of the same tokens take in the same dtype without pruning; in a cache of fixed
+        length, of all tokens that fit, as its pages are in use from the first one on.
     state_bytes : int
         Of a state, as of Mamba; it is not pruned and in no total.
     n_pages, n_twins : int
@@ -218,9 +222,9 @@ def _layer(layer: object) -> LayerMemory:
         state_bytes = sum(state.nbytes for state in states if state is not None)
     if isinstance(layer, LeanKLayer):
         return _pruned(layer, state_bytes)
-    if not isinstance(layer, DynamicLayer):
+    if not isinstance(layer, (DynamicLayer, *_WINDOWS)):
         return LayerMemory("state" if state_bytes else "none", state_bytes=state_bytes)
-    kind = "window" if isinstance(layer, DynamicSlidingWindowLayer) else "dense"
+    kind = "window" if isinstance(layer, _WINDOWS) else "dense"
     if layer.keys is None:
         return LayerMemory(kind, state_bytes=state_bytes)
     k_bytes, v_bytes = layer.keys.nbytes, layer.values.nbytes
@@ -239,6 +243,8 @@ def _pruned(layer: LeanKLayer, state_bytes: int) -> LayerMemory:
     if store is None:
         return LayerMemory("pruned", state_bytes=state_bytes)
     used, n_tokens = store.memory(), int(store.lengths.sum())
+    if isinstance(layer, LeanKStaticLayer):
+        n_tokens = store.n_rows * layer.max_cache_len
     channels = store.n_heads * (store.head_dim + store.v_dim)
     return LayerMemory(
         "pruned",

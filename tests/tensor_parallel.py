@@ -18,11 +18,16 @@ from .tiny_models import generate, prompts
 
 FAMILIES = ("llama", "phi3", "gemma2")  # the plan of Phi-3 gathers K; Gemma 2 has sliding layers
 LENGTHS = [45, 21]
-CASES = {"greedy": {}, "beams": {"num_beams": 2}, "chunks": {"prefill_chunk_size": 17}}
+CASES = {
+    "greedy": {},
+    "beams": {"num_beams": 2},
+    "chunks": {"prefill_chunk_size": 17},
+    "static": {"cache_implementation": "static"},
+}
 
 
 def answers(model):
-    """Return what all cases give; a second turn of "greedy", too."""
+    """Return what all cases give; prompt lookup and a second turn of "greedy", too."""
     ids, mask = prompts(LENGTHS)
     outs = {name: generate(model, ids, mask, 8, **options) for name, options in CASES.items()}
     first = outs["greedy"]
@@ -30,6 +35,9 @@ def answers(model):
     mask = torch.cat([mask, torch.ones(2, 14, dtype=torch.long)], 1)
     cache = first.past_key_values
     outs["again"] = generate(model, more, mask, 8, past_key_values=cache)
+    outs["lookup"] = generate(
+        model, ids[:1] % 11 + 3, n=20, prompt_lookup_num_tokens=5, max_matching_ngram_size=1
+    )
     return {name: {"sequences": out.sequences, "logits": out.logits} for name, out in outs.items()}
 
 

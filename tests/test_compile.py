@@ -140,6 +140,30 @@ def test_softcap_sinks_sliding_layers_and_other_attention(name):
         np.testing.assert_allclose(logits(result), logits(expected), atol=2e-4)
 
 
+@pytest.fixture
+def sliding():
+    """A model whose first layer has a sliding window."""
+    model = FAMILIES["gemma2"].make()
+    with leank.patch(model, mask_for(inspect_structure(model))):
+        yield model
+
+
+def test_second_turn_of_a_model_with_sliding_layers(sliding):
+    """Of which compiled steps tell nothing while they run: the next prompt begins anew."""
+    ids, mask = prompts([50, 20])
+    results = []
+    for cache, options in (
+        (leank.make_cache(sliding), {}),
+        (leank.make_cache(sliding, max_cache_len=80), static("eager", cache_implementation=None)),
+    ):
+        out = generate(sliding, ids, mask, 5, past_key_values=cache, **options)
+        more = torch.cat([out.sequences, ids_of(2, 9)], 1)
+        both_turns = torch.cat([mask, torch.ones(2, 14, dtype=torch.long)], 1)
+        results.append(generate(sliding, more, both_turns, 8, past_key_values=cache, **options))
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    np.testing.assert_allclose(logits(results[1]), logits(results[0]), atol=2e-4)
+
+
 # --------------------------------------------------------------------------- plain torch.compile
 
 
@@ -296,3 +320,25 @@ def test_wrong_input_when_the_graph_runs(model):
     with pytest.raises(ValueError, match=r"k: expected \(3, 2, 1, 16\), got \(2, 2, 1, 16\)"):
         forward(call, ids[:2], cache, full[:2])
     assert cache.get_seq_length() == 41 == int(cache.state[1])
+
+
+def test_wrong_input_after_a_sliding_window_moved(sliding):
+    """The window cannot go back, so that the same step again would be another one."""
+    _, cache, mask = both(sliding, 64)
+    call, ids = compiled(sliding), ids_of(3, 1)
+    full = torch.cat([mask, torch.ones(3, 24, dtype=torch.long)], 1)
+    forward(call, ids, cache, full)
+    wrong = full.clone()
+    wrong[1, 20] = 1
+    with pytest.raises(ValueError, match="attention_mask: expected the padding"):
+        forward(call, ids, cache, wrong)
+    for copied in (copy.deepcopy(cache), cache):
+        for again in (call, sliding):
+            with pytest.raises(RuntimeError, match=r"windows moved on .*; cache\.reset\(\)"):
+                forward(again, ids, copied, full if again is call else full[:, :42])
+        with pytest.raises(RuntimeError, match=r"cache\.reset\(\) and feed everything again"):
+            copied.crop(0)
+    cache.reset()
+    grown, other, _ = both(sliding, 64)
+    forward(sliding, prompts([40, 12, 25])[0], cache, mask)
+    close(forward(call, ids, cache, full), forward(sliding, ids, grown, full[:, :41]))

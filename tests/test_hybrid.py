@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -14,7 +15,7 @@ from leank.models import inspect_structure  # noqa: E402
 
 from .families import FAMILIES, mask_for  # noqa: E402
 from .hf_tools import close, forward  # noqa: E402
-from .tiny_models import generate, oracle, prompts  # noqa: E402
+from .tiny_models import generate, logits, oracle, prompts  # noqa: E402
 
 # A convolution, linear attention, Mamba, Mamba in the same layers as attention, layers of nothing.
 NAMES = ("lfm2", "qwen3_next", "jamba", "falcon_h1", "nemotron_h")
@@ -52,6 +53,23 @@ def test_layers_and_bytes(hybrid):
     assert known.outside == hybrid.layout.outside
     assert cache.memory()["total_bytes"] == known.predict_memory([200])["total_bytes"]
     assert cache.get_seq_length() == 200
+
+
+def test_second_turn_after_steps(hybrid):
+    """Of one token, which models move states on by in place: the next prompt begins anew."""
+    (ids, mask), (more, more_mask) = prompts([30, 12]), prompts([9, 9], seed=2)
+    mask = torch.cat([mask, torch.ones(2, 5, dtype=torch.long), more_mask], 1)
+
+    def second(model):
+        first = generate(model, ids, mask[:, :30], n=5)
+        both = torch.cat([first.sequences, more], 1)
+        return generate(model, both, mask, past_key_values=first.past_key_values)
+
+    out = second(hybrid.model)
+    with oracle(copy.deepcopy(hybrid.plain), hybrid.mask, 30) as dense:
+        expected = second(dense)
+    assert torch.equal(out.sequences, expected.sequences)
+    np.testing.assert_allclose(logits(out), logits(expected), atol=2e-4)
 
 
 def test_second_turn_on_a_copy(hybrid):
@@ -131,14 +149,14 @@ def test_crop_of_recorded_states_is_refused(hybrid):
     assert cache.get_seq_length() == 36
 
 
-@pytest.mark.parametrize("n_past", [0, 30])
-def test_forward_that_stopped_half_way(hybrid, n_past):
+@pytest.mark.parametrize(("n_past", "n_new"), [(0, 3), (30, 3), (30, 1)])
+def test_forward_that_stopped_half_way(hybrid, n_past, n_new):
     """States have moved on and cannot go back, wherever it stopped: only a new begin is right."""
 
     def stop(module, inputs):
         raise KeyboardInterrupt
 
-    ids, more = prompts([30])[0], prompts([3], seed=2)[0]
+    ids, more = prompts([30])[0], prompts([n_new], seed=2)[0]
     expected = forward(hybrid.model, more, hybrid.filled(ids))
     for layer in hybrid.model.base_model.layers[1:]:
         cache = hybrid.filled(ids) if n_past else leank.make_cache(hybrid.model)

@@ -61,6 +61,27 @@ def test_rows_that_share_pages_count_once():
     assert after.lengths == (300,) * 3
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_fixed_length_is_beside_a_static_cache(name):
+    """Both take all their bytes at the first token."""
+    model = FAMILIES[name].make()
+    layout = inspect_structure(model)
+    with leank.patch(model, mask_for(layout)) as handle:
+        cache = leank.make_cache(model, max_cache_len=900)
+        dense = StaticCache(config=model.config, max_cache_len=900)
+        for each in (cache, dense):
+            forward(model, prompts([300, 20])[0], each)
+        report = leank.memory_report(cache)
+        reserved = handle.mask.predict_memory([1, 1], max_tokens=900, max_call=64)
+    assert report.lengths == (300, 300)
+    assert report.total.total_bytes == reserved["total_bytes"]
+    assert report.total.saved > 0
+    for i, (layer, theirs) in enumerate(zip(report.layers, dense.layers, strict=True)):
+        assert layer.kind == ("window" if i in layout.outside else "pruned")
+        assert layer.dense_bytes == theirs.keys.nbytes + theirs.values.nbytes
+        assert (layer.total_bytes == layer.dense_bytes) == (i in layout.outside)
+
+
 def test_dense_is_what_is_allocated():
     model = tiny()
     cache = DynamicCache(config=model.config)
