@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 from . import _compiled
 from .cache_layer import LeanKLayer, LeanKStateLayer, NewTokens, cropped, forget_state
 from .masks import ChannelMask
-from .models import PRUNED
+from .models import PRUNED, Layout
 from .static_layer import LeanKStaticLayer
 
 if TYPE_CHECKING:
@@ -461,6 +461,16 @@ def _idle(config: PretrainedConfig | None) -> set[int]:
         return set()
     types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
     return {i for i, name in enumerate(types) if name in ("moe", "mlp")}
+
+
+def fitted_to(mask: ChannelMask, layout: Layout) -> ChannelMask:
+    """Return the mask for a model of this layout, or raise."""
+    if mask.keep.shape != layout.mask_shape:
+        raise ValueError(
+            f"mask: expected {layout.mask_shape} [layers, kv_heads, head_dim], "
+            f"got {mask.keep.shape}"
+        )
+    return fitted(mask, layout.n_layers, layout.outside)
 
 
 def fitted(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> ChannelMask:
