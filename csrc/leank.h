@@ -278,6 +278,10 @@ lk_status lk_learn_backward(const lk_learn_args *args, const lk_learn_grads *gra
  * threads does this by itself; call it earlier if others in the process use OpenMP before. */
 void lk_watch_forks(void);
 
+/* Threads to use where `wanted` are asked for (<= 0: OpenMP's choice): not more than the machine has, and 1 in a
+ * process that was forked. */
+int lk_thread_count(int wanted);
+
 /* ------------------------------------------------------------------------------ test hooks (alloc.c) */
 
 /* Let the n-th allocation from now fail (1 = the next one); 0 switches this off. */

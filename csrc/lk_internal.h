@@ -43,12 +43,6 @@ static inline int64_t lk_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t lk_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t lk_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* ---------------------------------------------------------------------------------------- threads.c */
-
-/* Threads to use where `wanted` are asked for (<= 0: OpenMP's choice): not more than the machine has, and 1 in a
- * process that was forked. */
-int lk_thread_count(int wanted);
-
 /* ------------------------------------------------------------------------------------------ alloc.c */
 
 /* All memory of the library comes from here, so that tests can make any allocation fail. Zeroed; NULL on

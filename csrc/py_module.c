@@ -69,7 +69,8 @@ static PyObject *build_info(PyObject *module, PyObject *unused) {
 #else
     const char *compiler = "unknown";
 #endif
-    return Py_BuildValue("{s:s,s:i}", "compiler", compiler, "openmp", openmp);
+    return Py_BuildValue("{s:s,s:i,s:i}", "compiler", compiler, "openmp", openmp, "threads",
+                         lk_thread_count(0));
 }
 
 /* clang-format off */
@@ -130,7 +131,7 @@ static PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "isa()\n--\n\nReturn the name of the instruction set variant in use."},
     {"isa_built", isa_built, METH_NOARGS,
      "isa_built()\n--\n\nReturn {name: can run here} of the variants that were built, best first."},
-    {"build_info", build_info, METH_NOARGS, "build_info()\n--\n\nReturn compiler and OpenMP version."},
+    {"build_info", build_info, METH_NOARGS, "build_info()\n--\n\nReturn compiler, OpenMP version and default threads."},
     {"_force_isa", force_isa, METH_O, "Use this variant from now on (tests and benchmarks)."},
     {"_fail_allocation", fail_allocation, METH_O, "Let the n-th allocation from now fail; 0: none (tests)."},
     {"_poison", set_poison, METH_O, "Fill new pages with NaN (tests)."},

@@ -74,6 +74,7 @@ def capabilities() -> dict[str, object]:
     dict
         ``version``; ``isa``, the variant in use; ``isa_built``, {variant: can run here}, best
         first; ``compiler``; ``openmp``, the version date of OpenMP, 0 when built without;
+        ``threads``, what ``decode`` uses unless it is told (a patched model: what torch uses);
         ``cuda_built``, the architectures that kernels were built for, None when built without;
         ``cuda_devices``, {number: (major, minor) compute capability} of the GPUs that can be seen.
 

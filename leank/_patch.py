@@ -23,7 +23,7 @@ from torch import nn
 from . import attention
 from ._generate import HOOKS, REPLACED
 from .cache import HANDLE, LeanKCache, patch_of
-from .cache_args import fitted, resolve_window
+from .cache_args import fitted_to, resolve_window
 from .cache_layer import LeanKLayer
 from .mask_source import load_mask
 from .masks import ChannelMask
@@ -222,12 +222,7 @@ def patch(
         _check_free(model)
         sharer = _patch_with(getattr(model, "config", None))
         layout = inspect_model(model, None if sharer is None else sharer.layout.name)
-        if mask.keep.shape != layout.mask_shape:
-            raise ValueError(
-                f"mask: expected {layout.mask_shape} [layers, kv_heads, head_dim], "
-                f"got {mask.keep.shape}"
-            )
-        mask = fitted(mask, layout.n_layers, layout.outside)
+        mask = fitted_to(mask, layout)
         mask = dataclasses.replace(mask, keep=mask.keep[:, layout.own_heads])
         window = resolve_window(mask, sink, recent, slack)
         _check_hooks(type(model))

@@ -165,7 +165,7 @@ def _run(model: nn.Module, name: str, seen: Seen, pruned: set[int]) -> Seen:
     device = device_of(model.get_input_embeddings())
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:
-        with torch.no_grad(), _attending(model, name), _evaluating(model):
+        with torch.no_grad(), attending(model, name), evaluating(model):
             model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     except _Touched:
         raise
@@ -226,7 +226,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def _attending(model: nn.Module, name: str) -> Iterator[None]:
+def attending(model: nn.Module, name: str) -> Iterator[None]:
     """Let a model attend by another implementation."""
     configs = {
         id(config): config
@@ -247,7 +247,7 @@ def _attending(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Turn off dropout and gradient checkpointing, which drops every cache."""
     training = [module for module in model.modules() if module.training]
     try:

@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def _attention(base: str, module, query, key, value, attention_mask, *args, **kwargs):
-    forward = _base_forward(base, module)
+    forward = base_forward(base, module)
     if not isinstance(key, NewTokens):
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
     _refuse(module, query, key, args, kwargs)
@@ -141,7 +141,8 @@ def _needs_gradient(query: torch.Tensor, tokens: NewTokens) -> bool:
 _FUNCTIONS = {base: partial(_attention, base) for base in BASES}
 
 
-def _base_forward(base: str, module):
+def base_forward(base: str, module):
+    """Return the attention function that transformers knows by a name, for a module."""
     if base == "eager":
         # Not in the registry: each model file has its own.
         files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .masks import ChannelMask
+from .models import Layout
 
 
 def refuse_states(layers: Sequence) -> None:
@@ -28,6 +29,16 @@ def idle_layers(config: PretrainedConfig | None) -> set[int]:
         return set()
     types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
     return {i for i, name in enumerate(types) if name in ("moe", "mlp")}
+
+
+def fitted_to(mask: ChannelMask, layout: Layout) -> ChannelMask:
+    """Return the mask for a model of this layout, or raise."""
+    if mask.keep.shape != layout.mask_shape:
+        raise ValueError(
+            f"mask: expected {layout.mask_shape} [layers, kv_heads, head_dim], "
+            f"got {mask.keep.shape}"
+        )
+    return fitted(mask, layout.n_layers, layout.outside)
 
 
 def fitted(mask: ChannelMask, n_layers: int, outside: Sequence[int]) -> ChannelMask:

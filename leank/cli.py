@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from leank.cli_inspect import MASK, info, inspect
 from leank.cli_learn import learn
 
 if TYPE_CHECKING:
@@ -23,10 +24,8 @@ app = typer.Typer(
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure LeanK on this machine.")
 app.add_typer(bench)
 app.command()(learn)
-
-
-# What `leank.load_mask` takes.
-_MASK = "Mask file, name that `leank masks` lists, or Hub repository (ORG/NAME)"
+app.command()(inspect)
+app.command()(info)
 
 
 class DType(enum.StrEnum):
@@ -65,7 +64,7 @@ def demo(
     ] = None,
     mask: Annotated[
         str | None,
-        typer.Option(metavar="MASK", help=f"{_MASK}; default: the one for SmolLM2-135M."),
+        typer.Option(metavar="MASK", help=f"{MASK}; default: the one for SmolLM2-135M."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="UTF-8 text to read; default: a log.")
@@ -120,7 +119,7 @@ def demo(
 @app.command()
 def masks(
     name: Annotated[
-        str | None, typer.Argument(metavar="MASK", help=f"{_MASK}: tell all of it.")
+        str | None, typer.Argument(metavar="MASK", help=f"{MASK}: tell all of it.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the records instead, for programs.")
@@ -168,7 +167,7 @@ def bench_decode(
         typer.Option(help="Mask widths that are in the package; default: all.", show_default=False),
     ] = None,
     mask: Annotated[
-        str | None, typer.Option(metavar="MASK", help=f"{_MASK}, instead of a profile.")
+        str | None, typer.Option(metavar="MASK", help=f"{MASK}, instead of a profile.")
     ] = None,
     q_heads: Annotated[int | None, typer.Option(help="Query heads of the mask's model.")] = None,
     layers: Annotated[

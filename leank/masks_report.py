@@ -40,8 +40,13 @@ def print_masks(lines: Sequence[Mapping[str, Any]], console: Console) -> None:
     )
 
 
-def print_mask(line: Mapping[str, Any], console: Console) -> None:
-    """Print everything that is known of a mask: a shipped one's record, or another's numbers."""
+def print_mask(
+    line: Mapping[str, Any], console: Console, more: Mapping[str, str] | None = None
+) -> None:
+    """Print everything that is known of a mask: a shipped one's record, or another's numbers.
+
+    more : further facts by name
+    """
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -63,6 +68,7 @@ def print_mask(line: Mapping[str, Any], console: Console) -> None:
             f"commit {line['commit']}"
         )
         rows["command"] = line["command"]
+    rows |= more or {}
     for name, value in rows.items():
         grid.add_row(f" {name}", Text(value))
     console.print(grid)

@@ -14,8 +14,9 @@ pytest.importorskip("rich")
 from rich.console import Console  # noqa: E402
 
 from leank import ChannelMask  # noqa: E402
+from leank.inspection import predicted_bytes  # noqa: E402
 from leank.learning import evaluate  # noqa: E402
-from leank.learning.report import predicted_bytes, print_report, read_log, write_report  # noqa: E402
+from leank.learning.report import print_report, read_log, write_report  # noqa: E402
 from leank.learning.tasks import ALL_KINDS, CONTINUATION  # noqa: E402
 from leank.learning.train import Step, trapezoid  # noqa: E402
 
@@ -76,7 +77,9 @@ def test_the_report_holds_the_numbers(tmp_path, log):
     report = json.loads((tmp_path / "new" / "run" / "report.json").read_text())
     assert report["evaluations"] == [learned.as_json(), random.as_json()]
     assert report["header"] == {key: HEADER[key] for key in ("command", "seed", "text")}
-    assert report["n_steps"] == 70 and report["bytes"]["lengths"] == predicted_bytes(mask)
+    assert report["n_steps"] == 70
+    lengths = [dataclasses.asdict(line) for line in predicted_bytes(mask)]
+    assert report["bytes"] == {"dtype": "bfloat16", "lengths": lengths}
     assert report["best"] == {"stage": 2, "step": 19, "validation": 0.5 / 20}
     assert report["mask"]["ratio"] == mask.ratio and report["mask"]["shape"] == [N, HKV, D]
 

@@ -1,7 +1,4 @@
-"""Pictures of a run: the factors of stage 1 beside the mask, and the course of the losses.
-
-Nothing but this module imports matplotlib, and it leaves that library's global state alone.
-"""
+"""Pictures of a run: the factors of stage 1 beside the mask, and the course of the losses."""
 
 from __future__ import annotations
 
@@ -12,14 +9,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-_DPI = 120
-_KEPT, _DROPPED = "#1b4f72", "#eceff1"
+from leank.pictures import (
+    GREY,
+    heads_height,
+    image_options,
+    mark_channels,
+    mark_layers,
+    save,
+    show_keep,
+    show_widths,
+)
+
 _STAGE = {1: "#c0561f", 2: "#1f6fb4"}
-_GREY = "#666666"
 _DEEPEST = 1e-3  # the least loss that is shown, in medians
 _SMOOTH = 0.9  # share of the running mean that stays at each step
 
@@ -34,58 +38,25 @@ def draw_alpha(
     """
     n_layers, n_heads, head_dim = alpha.shape
     n_rows = n_layers * n_heads
-    height = float(np.clip(n_rows * 0.075, 5, 15))
     width = 7.5 + 2 * head_dim * 0.03
-    figure = Figure(figsize=(width, height + 1.2), layout="constrained")
+    figure = Figure(figsize=(width, heads_height(n_rows) + 1.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(5, 5, 2), sharey=True)
-    extent = (-0.5, head_dim - 0.5, n_layers - 0.5, -0.5)
-    options = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
     image = left.imshow(
         np.asarray(alpha, np.float64).reshape(n_rows, head_dim),
         vmin=0,
         vmax=1,
         cmap="magma",
-        **options,
+        **image_options(n_layers, head_dim),
     )
     left.set_title("factors after stage 1", loc="left", fontsize=10)
     bar = figure.colorbar(image, ax=left, location="bottom", aspect=40, pad=0.015)
     bar.set_label("alpha: 0 not needed, 1 needed in full", fontsize=9)
-    middle.imshow(keep.reshape(n_rows, head_dim), cmap=ListedColormap([_DROPPED, _KEPT]), **options)
-    middle.set_title(f"kept (dark): {keep.mean():.1%} of K", loc="left", fontsize=10)
-    _draw_widths(right, keep)
-    for axes in (left, middle):
-        axes.set_xlabel("channel")
-        axes.set_xticks(np.arange(0, head_dim + 1, max(8, head_dim // 8)).clip(max=head_dim - 1))
-    _draw_layers((left, middle, right), n_layers)
+    show_keep(middle, keep)
+    show_widths(right, keep)
+    mark_channels(left, head_dim)
+    mark_layers({left: "#ffffff", middle: "#9aa5ad", right: "#d5dadd"}, range(n_layers))
     left.set_ylabel(f"layer, its {n_heads} KV heads from top to bottom")
-    if title:
-        figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-    figure.savefig(path, dpi=_DPI)
-
-
-def _draw_widths(axes: Axes, keep: npt.NDArray[np.bool_]) -> None:
-    n_layers, n_heads, head_dim = keep.shape
-    widths = keep.sum(-1).reshape(-1)
-    centres = (np.arange(len(widths)) + 0.5) / n_heads - 0.5
-    axes.barh(centres, widths, height=0.86 / n_heads, color=_KEPT, linewidth=0)
-    empty = widths == 0
-    axes.plot(np.full(empty.sum(), head_dim * 0.02), centres[empty], ".", color="#c0392b", ms=3)
-    axes.set_xlim(0, head_dim)
-    axes.set_xticks([0, head_dim // 2, head_dim])
-    axes.set_xlabel("channels kept")
-    axes.set_title(f"{empty.mean():.0%} empty (red)", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_layers(all_axes: Sequence[Axes], n_layers: int) -> None:
-    """Write the numbers of layers, and draw lines between them."""
-    step = max(1, -(-n_layers // 40))
-    all_axes[0].set_yticks(np.arange(0, n_layers, step))
-    for i, axes in enumerate(all_axes):
-        axes.tick_params(axis="y", labelsize=8, length=0)
-        color = ("#ffffff", "#9aa5ad", "#d5dadd")[i]
-        for border in np.arange(n_layers - 1) + 0.5:
-            axes.axhline(border, color=color, linewidth=0.5)
+    save(figure, path, title)
 
 
 def draw_losses(path: Path, steps: Sequence[Mapping[str, Any]], title: str = "") -> None:
@@ -105,7 +76,7 @@ def draw_losses(path: Path, steps: Sequence[Mapping[str, Any]], title: str = "")
     loss[~(loss > 0)] = np.nan  # what a logarithm cannot show
     for stage in sorted(set(stages.tolist())):
         mine = stages == stage
-        color = _STAGE.get(stage, _GREY)
+        color = _STAGE.get(stage, GREY)
         top.plot(x[mine], loss[mine], color=color, alpha=0.25, linewidth=0.8)
         label = f"stage {stage}, running mean of training"
         top.plot(x[mine], _running_mean(loss[mine]), color=color, linewidth=1.8, label=label)
@@ -118,9 +89,7 @@ def draw_losses(path: Path, steps: Sequence[Mapping[str, Any]], title: str = "")
     top.legend(frameon=False, fontsize=9)
     _draw_course(below, x, steps)
     _draw_stages((top, below), stages)
-    if title:
-        figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-    figure.savefig(path, dpi=_DPI)
+    save(figure, path, title)
 
 
 def _bottom(losses: npt.NDArray[np.float64]) -> float:
@@ -165,11 +134,11 @@ def _draw_course(axes: Axes, x: np.ndarray, steps: Sequence[Mapping[str, Any]]) 
     axes.set_xlabel("step")
     axes.grid(True, color="#eeeeee", linewidth=0.6)
     rate = axes.twinx()
-    options = {"color": _GREY, "linewidth": 1, "linestyle": "--"}
+    options = {"color": GREY, "linewidth": 1, "linestyle": "--"}
     lines += rate.plot(x, _numbers(steps, "lr"), label="learning rate (right)", **options)
     rate.set_ylim(bottom=0)
-    rate.set_ylabel("learning rate", color=_GREY)
-    rate.tick_params(axis="y", labelcolor=_GREY)
+    rate.set_ylabel("learning rate", color=GREY)
+    rate.tick_params(axis="y", labelcolor=GREY)
     place = {"loc": "upper left", "bbox_to_anchor": (0, -0.32), "borderaxespad": 0}
     axes.legend(handles=lines, frameon=False, fontsize=9, ncols=3, **place)
 
@@ -177,7 +146,7 @@ def _draw_course(axes: Axes, x: np.ndarray, steps: Sequence[Mapping[str, Any]]) 
 def _draw_stages(all_axes: Sequence[Axes], stages: np.ndarray) -> None:
     for border in np.flatnonzero(np.diff(stages)) + 1.5:
         for axes in all_axes:
-            axes.axvline(border, color=_GREY, linewidth=0.8, linestyle=":")
+            axes.axvline(border, color=GREY, linewidth=0.8, linestyle=":")
 
 
 def _numbers(steps: Sequence[Mapping[str, Any]], name: str) -> npt.NDArray[np.float64]:

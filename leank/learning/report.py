@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 import leank
+from leank.inspection import DTYPE, Bytes, predicted_bytes
 from leank.learning.evaluate import Evaluation
 from leank.masks import ChannelMask
 from leank.masks_report import percent, points, scores_table
 
-LENGTHS = (4096, 32768, 131072)
 PICTURES = ("alpha.png", "losses.png")
-_DTYPE, _ITEM_BYTES = "bfloat16", 2
 
 
 def write_report(
@@ -77,7 +77,7 @@ def write_report(
         "header": header,
         "n_steps": len(steps),
         "best": _best(steps),
-        "bytes": {"dtype": _DTYPE, "lengths": memory},
+        "bytes": {"dtype": DTYPE, "lengths": [dataclasses.asdict(line) for line in memory]},
         "evaluations": [evaluation.as_json() for evaluation in evaluations],
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -151,25 +151,6 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 f"{path}: line {number}: expected a header or a step, got {line[:60]!r}"
             ) from error
     return header or {}, [steps[key] for key in sorted(steps)]
-
-
-def predicted_bytes(mask: ChannelMask) -> list[dict[str, int]]:
-    """Return the bytes of one row's cache at some lengths, in bfloat16, dense and with the mask.
-
-    Raises
-    ------
-    ValueError
-        If the window is not known.
-    """
-    per_token = 2 * mask.keep.size * _ITEM_BYTES
-    return [
-        {
-            "tokens": n,
-            "dense": n * per_token,
-            "mask": mask.predict_memory([n], _DTYPE)["total_bytes"],
-        }
-        for n in LENGTHS
-    ]
 
 
 # -------------------------------------------------------------------------------------- parts
@@ -252,18 +233,18 @@ def _comparison(evaluations: Sequence[Evaluation]) -> list[str]:
     return ["", "## Compared with", "", *_table(names, rows)[:-1]]
 
 
-def _bytes(mask: ChannelMask, memory: Sequence[dict[str, int]]) -> list[str]:
+def _bytes(mask: ChannelMask, memory: Sequence[Bytes]) -> list[str]:
     rows = [
         [
-            f"{line['tokens']:,}",
-            f"{line['dense']:,}",
-            f"{line['mask']:,}",
-            f"{line['mask'] / line['dense']:.1%}",
+            f"{line.tokens:,}",
+            f"{line.dense:,}",
+            f"{line.mask:,}",
+            f"{line.mask / line.dense:.1%}",
         ]
         for line in memory
     ]
     text = (
-        f"Predicted for one row in {_DTYPE}, the window of {mask.sink} + {mask.recent} tokens and "
+        f"Predicted for one row in {DTYPE}, the window of {mask.sink} + {mask.recent} tokens and "
         "whole pages included (`ChannelMask.predict_memory`)."
     )
     names = ["tokens", "dense bytes", "mask bytes", "mask / dense"]
