@@ -1,6 +1,7 @@
 """Pictures of a run: the factors of stage 1 beside the mask, and the course of the losses.
 
-Nothing but this module imports matplotlib, and it leaves that library's global state alone.
+Nothing but this module and `leank.evaluation.picture` imports matplotlib, and both leave that
+library's global state alone.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-_DPI = 120
+DPI = 120
 _KEPT, _DROPPED = "#1b4f72", "#eceff1"
 _STAGE = {1: "#c0561f", 2: "#1f6fb4"}
-_GREY = "#666666"
+GREY = "#666666"
 _DEEPEST = 1e-3  # the least loss that is shown, in medians
 _SMOOTH = 0.9  # share of the running mean that stays at each step
 
@@ -60,7 +61,7 @@ def draw_alpha(
     left.set_ylabel(f"layer, its {n_heads} KV heads from top to bottom")
     if title:
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
 
 
 def _draw_widths(axes: Axes, keep: npt.NDArray[np.bool_]) -> None:
@@ -105,7 +106,7 @@ def draw_losses(path: Path, steps: Sequence[Mapping[str, Any]], title: str = "")
     loss[~(loss > 0)] = np.nan  # what a logarithm cannot show
     for stage in sorted(set(stages.tolist())):
         mine = stages == stage
-        color = _STAGE.get(stage, _GREY)
+        color = _STAGE.get(stage, GREY)
         top.plot(x[mine], loss[mine], color=color, alpha=0.25, linewidth=0.8)
         label = f"stage {stage}, running mean of training"
         top.plot(x[mine], _running_mean(loss[mine]), color=color, linewidth=1.8, label=label)
@@ -120,7 +121,7 @@ def draw_losses(path: Path, steps: Sequence[Mapping[str, Any]], title: str = "")
     _draw_stages((top, below), stages)
     if title:
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
 
 
 def _bottom(losses: npt.NDArray[np.float64]) -> float:
@@ -165,11 +166,11 @@ def _draw_course(axes: Axes, x: np.ndarray, steps: Sequence[Mapping[str, Any]]) 
     axes.set_xlabel("step")
     axes.grid(True, color="#eeeeee", linewidth=0.6)
     rate = axes.twinx()
-    options = {"color": _GREY, "linewidth": 1, "linestyle": "--"}
+    options = {"color": GREY, "linewidth": 1, "linestyle": "--"}
     lines += rate.plot(x, _numbers(steps, "lr"), label="learning rate (right)", **options)
     rate.set_ylim(bottom=0)
-    rate.set_ylabel("learning rate", color=_GREY)
-    rate.tick_params(axis="y", labelcolor=_GREY)
+    rate.set_ylabel("learning rate", color=GREY)
+    rate.tick_params(axis="y", labelcolor=GREY)
     place = {"loc": "upper left", "bbox_to_anchor": (0, -0.32), "borderaxespad": 0}
     axes.legend(handles=lines, frameon=False, fontsize=9, ncols=3, **place)
 
@@ -177,7 +178,7 @@ def _draw_course(axes: Axes, x: np.ndarray, steps: Sequence[Mapping[str, Any]]) 
 def _draw_stages(all_axes: Sequence[Axes], stages: np.ndarray) -> None:
     for border in np.flatnonzero(np.diff(stages)) + 1.5:
         for axes in all_axes:
-            axes.axvline(border, color=_GREY, linewidth=0.8, linestyle=":")
+            axes.axvline(border, color=GREY, linewidth=0.8, linestyle=":")
 
 
 def _numbers(steps: Sequence[Mapping[str, Any]], name: str) -> npt.NDArray[np.float64]:
