@@ -164,7 +164,7 @@ def test_command(folder):
     [
         ({"output": None}, "output: expected a folder, got none; give -o FOLDER"),
         ({"mask": None}, "mask: expected at least one, got none"),
-        ({"mask": "nowhere"}, "mask: no such file, and as a"),
+        ({"mask": "nowhere"}, "mask: nowhere: no such file, and as a"),
         ({"lengths": "1k"}, "lengths: expected whole numbers with commas between, got '1k'"),
         ({"lengths": "2000"}, "lengths: expected at most 1,024 tokens, the model's context"),
         ({"tasks": "x"}, "tasks: expected some of niah_single_1"),

@@ -61,7 +61,7 @@ class Generating:
         Not patched.
     tokenizer : transformers tokenizer
     methods : sequence of Method
-        The first is dense.
+        The first is dense; at least one has a mask.
     prefill : {"dense", "pruned"}
         As in `leank.patch`.
     chunk : int
@@ -115,7 +115,7 @@ class Generating:
             options["past_key_values"] = self._cache(method, mask)
         if item.n_first < ids.shape[1]:
             self._read(options["past_key_values"], ids[:, : item.n_first])
-        elif self.chunk is not None and mask is not None:
+        elif self.chunk is not None:
             options["prefill_chunk_size"] = self.chunk
         pad = self.tokenizer.pad_token_id
         out = self.model.generate(
@@ -157,11 +157,8 @@ class Generating:
         self, method: Method, mask: ChannelMask | None, cache: Cache, n_tokens: int
     ) -> float:
         if method.backend is not None:
-            text = self.model.config.get_text_config(decoder=True)
-            head_dim = getattr(text, "head_dim", None)
-            head_dim = head_dim or text.hidden_size // text.num_attention_heads
-            per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
-            return cache_bytes(cache) / (per_token * n_tokens * self.model.dtype.itemsize)
+            n_values = next(m.mask.keep.size for m in self.methods if m.mask is not None)
+            return cache_bytes(cache) / (2 * n_values * n_tokens * self.model.dtype.itemsize)
         return bytes_share(mask, n_tokens, self.model.dtype)
 
 
@@ -180,14 +177,15 @@ class Forcing:
     """All methods at once, given the right answer token by token; also where there is a GPU.
 
     A value counts when each of its tokens is the most likely one: where an answer has one value,
-    that is whether generate() begins with it.
+    that is whether generate() begins with it. Values that may come in any order, as those of cwe,
+    are asked for in the order of the item, which no model can know: such scores are low.
 
     Parameters
     ----------
     model : nn.Module
         What `SpanModel` accepts.
     methods : sequence of Method
-        The first is dense, the others have masks.
+        The first is dense, the others, at least one, have masks.
     """
 
     def __init__(self, model: nn.Module, methods: Sequence[Method]) -> None:
@@ -201,7 +199,8 @@ class Forcing:
     def __call__(self, item: Item) -> list[Answer]:
         """Return what each method gives."""
         masks = [m.mask_of(self.model, item.prompt[: item.n_first]) for m in self.methods]
-        n_tokens, dtype = len(item.prompt) + item.sample.answer[1] - item.sample.answer[0], None
+        n_tokens = len(item.prompt) + item.sample.answer[1] - item.sample.answer[0]
+        dtype = next(self.model.parameters()).dtype
         answers: dict[int, Answer] = {}
         for window, span in self._spans.items():
             mine = [
@@ -211,7 +210,6 @@ class Forcing:
             ]
             keeps = [torch.tensor(masks[i].keep, device=span.device) for i in mine]
             measures = measure(span, keeps, [item.sample])
-            dtype = next(self.model.parameters()).dtype
             for i, values in zip([0, *mine], np.stack(measures)[:, :, 0].T, strict=True):
                 score, kl, _, nll = values.tolist()
                 answers[i] = Answer(

@@ -124,7 +124,7 @@ def make_methods(
     methods = [Method(DENSE), *(Method(name, mask) for name, mask in masks.items())]
     for name in baselines:
         if name in QUANTIZED:
-            check_quantized(name, model)
+            check_quantized(name, model, like)
             methods.append(Method(name, backend=name))
             continue
         try:
@@ -161,12 +161,10 @@ def _batches(model: nn.Module, text: Samples) -> list[tuple[torch.Tensor, torch.
     return batches
 
 
-def check_quantized(backend: str, model: nn.Module) -> None:
+def check_quantized(backend: str, model: nn.Module, mask: ChannelMask) -> None:
     """Require that a quantized cache can be made here, and that it takes K and V of this model."""
-    text = model.config.get_text_config(decoder=True)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    state = torch.zeros(1, text.num_key_value_heads, 2, head_dim, dtype=model.dtype)
-    state = state.to(next(model.parameters()).device)
+    shape = (1, mask.n_heads, 2, mask.head_dim)
+    state = torch.zeros(shape, dtype=model.dtype, device=next(model.parameters()).device)
     try:
         QuantizedCache(backend, model.config).update(state, state, 0)
     # Each backend has its own way to say that it, or a compiler, or a GPU is not there.

@@ -22,7 +22,6 @@ from torch import nn
 
 import leank
 from leank._files import replacing
-from leank.mask_source import load_mask
 from leank.evaluation import ruler
 from leank.evaluation.ask import Forcing, Generating
 from leank.evaluation.items import Suite, SuiteSettings
@@ -37,6 +36,7 @@ from leank.evaluation.methods import (
 )
 from leank.evaluation.summary import summarise
 from leank.learning.text import default_text, read_text, split
+from leank.mask_source import load_mask
 from leank.masks import ChannelMask
 from leank.models import DTYPES
 
