@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from leank.cli_eval import evaluate
 from leank.cli_inspect import MASK, info, inspect
 from leank.cli_learn import learn
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure LeanK on this machine.")
 app.add_typer(bench)
 app.command()(learn)
+app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(info)
 

@@ -227,8 +227,8 @@ def learn(
         if output is None and not show_data:
             raise LearnError("output: expected a file for the mask, got none; give -o FILE")
         request = Request.of(
-            _numbers("ratio", ratio, float),
-            _numbers("align", align, int),
+            numbers("ratio", ratio, float),
+            numbers("align", align, int),
             sink=sink,
             recent=recent,
             budget=budget,
@@ -245,7 +245,7 @@ def learn(
             start=start,
             text=tuple(text or ()),
             batch_size=batch_size,
-            weights=None if weights is None else _numbers("weights", weights, float),
+            weights=None if weights is None else numbers("weights", weights, float),
             seed=seed,
             n_validation=n_validation,
             n_test=n_test,
@@ -275,7 +275,7 @@ def _run(
         with quiet():
             if device_map is not None:
                 _check_map(device)
-            place = _device(device)
+            place = find_device(device)
             source = Source(name)
             tokenizer = source.tokenizer()
             plan = Plan(source.skeleton(), tokenizer, request, source.name)
@@ -356,7 +356,8 @@ def _n_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _device(name: str) -> Any:
+def find_device(name: str) -> Any:
+    """Return the torch device of a name; LearnError if there is none."""
     import torch
 
     from leank.learning.parallel import local_rank
@@ -384,7 +385,8 @@ def _device(name: str) -> Any:
     return torch.device("cuda", index)
 
 
-def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
+def numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
+    """Return the numbers of an option, with commas between; LearnError names the option."""
     from leank.learning.plan import LearnError
 
     try:
@@ -395,8 +397,8 @@ def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
 
 
 def _lengths(text: str) -> int | tuple[int, ...]:
-    numbers = _numbers("lengths", text, int)
-    return numbers[0] if len(numbers) == 1 else numbers
+    found = numbers("lengths", text, int)
+    return found[0] if len(found) == 1 else found
 
 
 def _fail(message: str, error: BaseException, code: int = 2) -> NoReturn:

@@ -1,7 +1,7 @@
 """Pictures of masks: what heads keep, by channel and by rotary frequency, and what they attend to.
 
-Nothing but this module and `leank.learning.picture` imports matplotlib, and they leave that
-library's global state alone.
+Nothing but this module, `leank.learning.picture` and `leank.evaluation.picture` imports matplotlib,
+and they leave that library's global state alone.
 """
 
 from __future__ import annotations

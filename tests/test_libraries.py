@@ -1,7 +1,10 @@
 """Libraries that people put around a model: pipelines, peft, lm_eval, quantised weights."""
 
 import importlib
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,6 +184,28 @@ def test_lm_eval():
         assert lm.generate_until(generations) == expected
         assert lm.loglikelihood(likelihoods) == dense[1]
     assert lm.generate_until(generations) == dense[0]
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "lm_eval_harness.py"
+
+
+@pytest.mark.model
+def test_the_example_runs_a_task_file():
+    pytest.importorskip("lm_eval.models.huggingface")
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if "exact_match" in line]
+    assert [line.split(":")[0] for line in lines] == ["pruned", "dense"]
+
+
+def test_the_example_says_what_it_needs():
+    code = f"""if True:
+        import runpy, sys
+        sys.modules["lm_eval"] = None
+        runpy.run_path({str(EXAMPLE)!r})
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("pip install lm_eval"), done.stderr
 
 
 # ------------------------------------------------------------------------- quantised weights

@@ -46,6 +46,8 @@ class Sample:
         Ranges of the hidden texts' tokens in `context`, in the order of the puzzle.
     values : tuple of (int, int)
         Ranges of the tokens in `span` of each of `expected`, within `answer`; empty if not known.
+    n_dense : int
+        Tokens at the start of `span` that attend densely, since they are of the prompt as well.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class Sample:
     expected: tuple[str, ...]
     needles: tuple[tuple[int, int], ...]
     values: tuple[tuple[int, int], ...] = ()
+    n_dense: int = 0
 
     def __len__(self) -> int:
         """Tokens of context and span."""
@@ -76,7 +79,8 @@ class Batch(NamedTuple):
     weights : torch.Tensor
         Weights of the loss, [B, T] float32.
     begin : torch.Tensor, optional
-        First column of `span` that is of the row's own span, [B] int64; None: 0 in all rows.
+        First column of `span` that is of the row's own span and not read densely, [B] int64; None:
+        0 in all rows.
     """
 
     context: torch.Tensor
@@ -151,7 +155,7 @@ class Samples(Sequence):
                 raise DataError(f"{name}: expected an integer from {least} on, got {value!r}")
         self.part, self.together, self.n = part, int(together), int(n)
         self.seed, self.n_continued = int(seed), int(n_continued)
-        self.prompt = _Prompt(tokenizer)
+        self.prompt = Prompt(tokenizer)
         # "</s>" in a text would become the end of a sequence.
         special = [token for token in tokenizer.all_special_tokens if token]
         self.passages = [p for p in passages if not any(token in p for token in special)]
@@ -241,7 +245,7 @@ class Samples(Sequence):
                 f"lengths: expected room for the question of kind {kind!r} and some text, got "
                 f"{length} tokens"
             )
-        return self.prompt.cut(kind, puzzle, *best)
+        return self.prompt.cut(kind, puzzle.values, *best)
 
     def _text(
         self, rng: np.random.Generator, n_tokens: int, used: list[int]
@@ -338,13 +342,13 @@ def collate(
             np.concatenate([sample.context, sample.span])
         )
         first, stop = (n_all - len(sample.span) + i for i in sample.answer)
-        weights[b, n_all - len(sample.span) : first] = question_weight
+        weights[b, n_all - len(sample.span) + sample.n_dense : first] = question_weight
         weights[b, first:stop] = 1
-        if sample.answer[0] > 0:  # a continuation is preceded by context
+        if sample.answer[0] > sample.n_dense:  # else context precedes it, which no mask changes
             weights[b, first - 1] = lead_weight
     start = torch.tensor([n_all - len(sample) for sample in batch])
     n_context = n_all - n_span
-    begin = torch.tensor([n_span - len(sample.span) for sample in batch])
+    begin = torch.tensor([n_span - len(sample.span) + sample.n_dense for sample in batch])
     return Batch(
         ids[:, :n_context],
         ids[:, n_context:],
@@ -384,7 +388,7 @@ def describe(sample: Sample, tokenizer: Any, n_shown: int = 24) -> str:
 # ------------------------------------------------------------------------------------ prompts
 
 
-class _Written(NamedTuple):
+class Written(NamedTuple):
     """A prompt with its answer, as a string, and where its parts are in it."""
 
     text: str
@@ -394,7 +398,7 @@ class _Written(NamedTuple):
     values: list[tuple[int, int]]
 
 
-class _Prompt:
+class Prompt:
     """How text, question and answer become one string, and this string tokens."""
 
     def __init__(self, tokenizer: Any):
@@ -428,7 +432,7 @@ class _Prompt:
         offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
         return np.array(encoded["input_ids"], np.int64), offsets
 
-    def write(self, text: str, puzzle: Puzzle, depths: np.ndarray) -> _Written:
+    def write(self, text: str, puzzle: Puzzle, depths: np.ndarray) -> Written:
         """Hide each needle after a line of the text, at its share of the way through."""
         places = []
         for depth in depths.tolist():
@@ -452,10 +456,15 @@ class _Prompt:
             begin = whole.index(value, end)
             end = begin + len(value)
             values.append((begin, end))
-        return _Written(whole, needles, question, answer, values)
+        return Written(whole, needles, question, answer, values)
 
     def cut(
-        self, kind: str, puzzle: Puzzle, written: _Written, tokens: np.ndarray, offsets: np.ndarray
+        self,
+        kind: str,
+        expected: tuple[str, ...],
+        written: Written,
+        tokens: np.ndarray,
+        offsets: np.ndarray,
     ) -> Sample:
         """Cut tokens where the question begins, and find answer, values and needles among them."""
         starts, stops = offsets[:, 0].tolist(), offsets[:, 1].tolist()
@@ -472,7 +481,7 @@ class _Prompt:
             context=np.concatenate([self.before, tokens[:border]]),
             span=tokens[border:],
             answer=(first - border, stop - border),
-            expected=puzzle.values,
+            expected=expected,
             needles=tuple(
                 (a + n_before, b + n_before)
                 for a, b in (among(*needle) for needle in written.needles)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -186,8 +186,8 @@ def evaluate(
     keeps = [torch.tensor(keep, device=model.device) for keep in arrays]
     n, done = len(items), 0
     kinds: list[str] = [""] * n
-    # Dense and each mask: score, KL and loss of each item.
-    measured = np.full((1 + len(keeps), 3, n), np.nan)
+    # Dense and each mask, of each item.
+    measured = np.full((1 + len(keeps), len(Measures._fields), n), np.nan)
     for first in range(0, n, _SORTED * batch_size):
         numbers = range(first, min(n, first + _SORTED * batch_size))
         group = {i: items[i] for i in numbers}
@@ -196,14 +196,16 @@ def evaluate(
             kinds[i] = item.kind
         order = sorted(group, key=lambda i: (len(group[i]), len(group[i].span)))
         for chosen in _cut(order, group, batch_size):
-            measured[:, :, chosen] = _measure(model, keeps, [group[i] for i in chosen])
+            measures = measure(model, keeps, [group[i] for i in chosen])
+            measured[:, :, chosen] = np.stack(measures, axis=1)
             done += len(chosen)
             if progress is not None:
                 progress(done, n)
     dense, names = measured[0, 0], np.array(kinds)
+    each = (Measures(*mask) for mask in measured[1:])
     return [
-        _evaluation(name, keep, Items(names, dense, *measured[m]))
-        for m, (name, keep) in enumerate(zip(masks, arrays, strict=True), 1)
+        _evaluation(name, keep, Items(names, dense, of.score, of.kl, of.loss))
+        for of, (name, keep) in zip(each, zip(masks, arrays, strict=True), strict=True)
     ]
 
 
@@ -260,12 +262,29 @@ def _cut(order: list[int], items: Mapping[int, Sample], batch_size: int) -> Iter
         begin = end
 
 
+class Measures(NamedTuple):
+    """What dense and each mask give on each item of a batch: float64 arrays [1 + masks, items].
+
+    Attributes
+    ----------
+    score, kl, loss : array
+        As in `Items`.
+    nll : array
+        Mean over answer tokens of the negative log-likelihood, in nats.
+    """
+
+    score: np.ndarray
+    kl: np.ndarray
+    loss: np.ndarray
+    nll: np.ndarray
+
+
 @torch.no_grad()
-def _measure(model: SpanModel, keeps: list[torch.Tensor], items: Sequence[Sample]) -> np.ndarray:
-    """Return score, KL and loss of dense and each mask on each item: [1 + masks, 3, items]."""
+def measure(model: SpanModel, keeps: Sequence[torch.Tensor], items: Sequence[Sample]) -> Measures:
+    """Measure dense and masks [N, Hkv, D], bool where the model is, on the items of one batch."""
     batch = collate(items).to(model.device)
     # A hidden state predicts the token after it. The first token of a continuation is predicted by
-    # the context, which is dense for every mask.
+    # the context, which is dense for every mask; so may be that of an answer.
     ranges = [(max(1, item.answer[0]), item.answer[1]) for item in items]
     # Columns of these tokens: spans end together.
     begins = [batch.span.shape[1] - len(item.span) for item in items]
@@ -273,22 +292,27 @@ def _measure(model: SpanModel, keeps: list[torch.Tensor], items: Sequence[Sample
     at = torch.cat(
         [begin + torch.arange(*tokens) for begin, tokens in zip(begins, ranges, strict=True)]
     )
+    is_dense = torch.cat(
+        [torch.arange(*tokens) <= item.n_dense for item, tokens in zip(items, ranges, strict=True)]
+    )
     dense = model.dense(batch)
     device = dense.target.device  # that of the last layer
     row, at, tokens = row.to(device), at.to(device), batch.span.to(device)
+    is_dense = is_dense.to(device)[:, None]
     states, losses = [dense.target[row, at - 1]], [np.zeros(len(items))]
     for keep in keeps:
         out = model.mixed(batch, dense, keep.float(), ~keep.any(-1))
-        states.append(out[row, at - 1])
+        states.append(torch.where(is_dense, states[0], out[row, at - 1]))
         losses.append(_losses(out, dense, batch))
-    hits, kl = _compare(model, states, tokens[row, at])
-    result = np.zeros((len(states), 3, len(items)))
+    hits, kl, nll = _compare(model, states, tokens[row, at])
+    result = Measures(*np.zeros((len(Measures._fields), len(states), len(items))))
     borders = np.cumsum([0, *(stop - first for first, stop in ranges)])
     for b, (item, (first, _)) in enumerate(zip(items, ranges, strict=True)):
         mine = slice(borders[b], borders[b + 1])
-        result[:, 0, b] = _scores(item, first, hits[:, mine])
-        result[:, 1, b] = kl[:, mine].mean(1)
-    result[:, 2] = losses
+        result.score[:, b] = _scores(item, first, hits[:, mine])
+        result.kl[:, b] = kl[:, mine].mean(1)
+        result.nll[:, b] = nll[:, mine].mean(1)
+    result.loss[:] = losses
     return result
 
 
@@ -300,7 +324,7 @@ def _losses(out: torch.Tensor, dense: Dense, batch: Batch) -> np.ndarray:
 
 def _compare(
     model: SpanModel, states: list[torch.Tensor], tokens: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compare what states predict with what came, and with what the first states predict.
 
     Parameters
@@ -316,9 +340,11 @@ def _compare(
         Whether the token was the most likely one.
     kl : float64 array [states, M]
         KL(dense || this).
+    nll : float64 array [states, M]
+        Negative log-likelihood of the token.
     """
     hits = torch.empty((len(states), len(tokens)), dtype=torch.bool, device=tokens.device)
-    kl = torch.empty(hits.shape, dtype=torch.float32, device=tokens.device)
+    kl, nll = (torch.empty(hits.shape, dtype=torch.float32, device=tokens.device) for _ in "kn")
     for begin in range(0, len(tokens), _ROWS):
         part = slice(begin, begin + _ROWS)
         for i, hidden in enumerate(states):
@@ -328,7 +354,8 @@ def _compare(
             if i == 0:
                 log_dense, dense_p = log_p, log_p.exp()
             kl[i, part] = (dense_p * (log_dense - log_p)).sum(-1)
-    return hits.cpu().numpy(), kl.double().cpu().numpy()
+            nll[i, part] = -log_p.gather(-1, tokens[part, None].to(log_p.device))[:, 0]
+    return hits.cpu().numpy(), *(x.double().cpu().numpy() for x in (kl, nll))
 
 
 def _scores(item: Sample, first: int, hits: np.ndarray) -> np.ndarray | float:

@@ -25,14 +25,15 @@ _NAME = "leank_moments"
 class _Moments:
     """Sums over tokens of q_c^2, over a group's query heads, and of k_c^2: float64 [N, Hkv, D]."""
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, int, int], last: int | None) -> None:
+        self.last = last
         self.q, self.k = (torch.zeros(shape, dtype=torch.float64) for _ in "qk")
         self.real: torch.Tensor | None = None  # [B, L], of the batch that is running
 
     def add(self, i: int, q: torch.Tensor, k: torch.Tensor) -> None:
         real = self.real[:, None, :, None].to(q.device)
-        for total, x in ((self.q, q), (self.k, k)):
-            squares = (x.double().square() * real).sum((0, 2)).cpu()
+        for total, x, n in ((self.q, q, self.last or 0), (self.k, k, 0)):
+            squares = (x.double().square() * real)[:, :, -n:].sum((0, 2)).cpu()
             total[i] += squares.view(len(total[i]), -1, x.shape[-1]).sum(1)
 
 
@@ -46,6 +47,8 @@ def second_moments(
     model: nn.Module,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     world: World | None = None,
+    *,
+    last: int | None = None,
 ) -> npt.NDArray[np.float32]:
     """Return what each channel adds to the variance of logits: mean of q_c^2 times that of k_c^2.
 
@@ -57,6 +60,8 @@ def second_moments(
         Left-padded token ids, and which of them are tokens, where the embedding is.
     world : World, optional
         The processes whose batches are taken together; default: this one alone.
+    last : int, optional
+        Take queries of so many last columns; default: all.
 
     Returns
     -------
@@ -71,7 +76,7 @@ def second_moments(
     layout: Layout = inspect_learnable(model)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    moments, n_batches = _Moments(layout.mask_shape), 0
+    moments, n_batches = _Moments(layout.mask_shape, last), 0
     for ids, real in batches:
         moments.real, n_batches = real, n_batches + 1
         positions = (real.cumsum(1) - 1).clamp(min=0)

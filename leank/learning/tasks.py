@@ -15,13 +15,13 @@ import numpy as np
 
 from .text import DataError
 
-_ADJECTIVES = """amber ancient blue brave bright broken calm clever copper cosmic crimson curious
+ADJECTIVES = """amber ancient blue brave bright broken calm clever copper cosmic crimson curious
 dusty early eager electric empty fading fierce frozen gentle golden grand green hidden hollow humble
 icy iron ivory jolly lazy little lonely lucky marble mellow misty modern narrow noble northern olive
 orange patient plain polite proud purple quick quiet rapid rusty scarlet secret sharp shy silent
 silver simple sleepy slow small smooth southern spare steady stormy sunny swift tall tiny velvet
 violet wandering warm western white wild wise wooden yellow young""".split()
-_NOUNS = """anchor apple arrow badger basket beacon bell bicycle bottle bridge button camel candle
+NOUNS = """anchor apple arrow badger basket beacon bell bicycle bottle bridge button camel candle
 canyon castle cedar chimney cloud compass cricket desert dolphin donkey dragon drum eagle engine
 falcon feather fiddle forest fountain garden glacier guitar hammer harbor heron island jacket kettle
 ladder lantern lemon lizard meadow mirror mountain needle oak orchard otter owl paddle palace parrot
@@ -74,7 +74,7 @@ def multi_key(rng: np.random.Generator, room: int, other: str) -> Puzzle:
 def words(rng: np.random.Generator, room: int, other: str) -> Puzzle:
     """Hide 1 to 6 facts whose values are words, and ask for one."""
     n = _count(rng, 1, 6, room, 20)
-    keys, values = _keys(rng, n), rng.choice(_NOUNS, n, replace=False).tolist()
+    keys, values = _keys(rng, n), rng.choice(NOUNS, n, replace=False).tolist()
     template, question, cue = _pick(
         rng,
         [
@@ -406,7 +406,7 @@ def _distinct(rng: np.random.Generator, n: int, draw: Callable) -> list[str]:
 
 
 def _keys(rng: np.random.Generator, n: int) -> list[str]:
-    return _distinct(rng, n, lambda rng: f"{_pick(rng, _ADJECTIVES)} {_pick(rng, _NOUNS)}")
+    return _distinct(rng, n, lambda rng: f"{_pick(rng, ADJECTIVES)} {_pick(rng, NOUNS)}")
 
 
 def _values(rng: np.random.Generator, n: int, n_digits: int = 0) -> list[str]:

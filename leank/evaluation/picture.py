@@ -1,0 +1,68 @@
+"""Pictures of an evaluation: needles found by depth and length, and scores against bytes.
+
+It leaves matplotlib's global state alone, as `leank.pictures` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from leank.evaluation.summary import N_DEPTHS
+from leank.pictures import GREY, save
+
+_METHOD, _DENSE = "#c0561f", "#1b4f72"
+
+
+def draw_needle(path: Path, needle: Mapping[str, Any], title: str = "") -> None:
+    """Write a heat map of mean scores, depth x length; cells without an item are grey."""
+    lengths = needle["lengths"]
+    scores = np.array(
+        [[np.nan if x is None else x for x in row] for row in needle["score"]], np.float64
+    )
+    figure = Figure(figsize=(max(5.0, 2.6 + 1.1 * len(lengths)), 5.2), layout="constrained")
+    axes = figure.subplots()
+    colours = matplotlib.colormaps["RdYlGn"].with_extremes(bad="#d5dadd")
+    image = axes.imshow(scores, vmin=0, vmax=1, cmap=colours, aspect="auto")
+    for row, column in np.argwhere(np.isfinite(scores)).tolist():
+        value = f"{scores[row, column]:.0%}"
+        axes.text(column, row, value, ha="center", va="center", fontsize=8, color="#222222")
+    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    axes.set_xlabel("tokens")
+    axes.set_yticks(
+        np.arange(N_DEPTHS + 1) - 0.5, [f"{i / N_DEPTHS:.0%}" for i in range(N_DEPTHS + 1)]
+    )
+    axes.set_ylabel("depth of the needle in the prompt")
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, label="score")
+    save(figure, path, title)
+
+
+def draw_bytes(path: Path, summary: Sequence[Mapping[str, Any]], title: str = "") -> None:
+    """Write a plot of mean score against the bytes of a cache, with the interval of the loss."""
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    dense = summary[0]["mean"]["score"]
+    axes.axhline(100 * dense, color=_DENSE, linewidth=1, linestyle="--")
+    for i, method in enumerate(summary):
+        mean, share = method["mean"], 100 * method["bytes_share"]
+        score = 100 * mean["score"]
+        colour = _DENSE if i == 0 else _METHOD
+        if i and mean["low_points"] is not None:
+            # The interval is that of the loss: what it leaves of dense's score.
+            ends = 100 * dense - mean["high_points"], 100 * dense - mean["low_points"]
+            axes.vlines(share, *ends, color=colour, linewidth=1.4)
+        axes.plot(share, score, "o", color=colour, markersize=7)
+        place = {"xytext": (7, 5), "textcoords": "offset points"}
+        axes.annotate(method["name"], (share, score), fontsize=8, color=GREY, **place)
+    axes.set_xlim(0, max(110, 110 * max(method["bytes_share"] for method in summary)))
+    axes.set_xlabel("bytes of the cache, % of dense")
+    axes.set_ylabel("mean score, %; lines: 95% interval of the loss")
+    axes.grid(True, color="#eeeeee", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path, title)
