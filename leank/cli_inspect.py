@@ -182,7 +182,7 @@ def _inspection(
             kind = torch.bfloat16 if on_gpu else torch.float32
             weights = source.model(kind, torch.device("cuda" if on_gpu else "cpu"))
             return inspect_mask(mask, weights, ids), ids.shape[1] - mask.sink - mask.recent
-    except (LoadError, TypeError, ValueError) as error:
+    except (LoadError, ValueError) as error:
         raise _InspectError(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise _InspectError("out of memory: give a smaller --tokens") from error
