@@ -42,7 +42,7 @@ def text(tmp_path_factory):
         (
             {"start": "nowhere"},
             LearnError,
-            "start: expected ones, moments, .*: No such file",
+            "start: expected ones, moments, .*: no such file",
         ),
         ({"resume": True}, LearnError, "folder: expected one, or an output"),
         ({"output": "/proc/none/m"}, LearnError, "output: cannot write to /proc/none"),
