@@ -231,9 +231,7 @@ class Plan:
                 alpha = np.load(start, allow_pickle=False).astype(np.float32)
             else:
                 alpha = leank.load_mask(start).keep.astype(np.float32)
-        except MaskFileError as error:
-            raise LearnError(f"start: {error}") from error
-        except (OSError, ValueError) as error:
+        except (MaskFileError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise LearnError(
                 f"start: expected {', '.join(STARTS)}, a mask or .npy file, got {start}: {reason}"
