@@ -303,7 +303,7 @@ def test_without_a_gpu_it_says_so(folder):
 def test_what_a_gpu_cannot_run_is_refused_before_weights_are_read(folder, monkeypatch, dtype):
     """It ended with a traceback of the first step."""
     built = pytest.importorskip("leank._cuda")
-    monkeypatch.setattr(cli_learn, "_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(cli_learn, "find_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr("leank.loading.Source.model", None)
     result = leank_learn(folder, dtype=dtype)
     said = f"a head dim of {built.HEAD_DIMS} on CUDA, got 16"
@@ -314,7 +314,7 @@ def test_what_a_gpu_cannot_run_is_refused_before_weights_are_read(folder, monkey
 
 
 def test_a_build_without_cuda_says_so(folder, monkeypatch):
-    monkeypatch.setattr(cli_learn, "_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(cli_learn, "find_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr("leank.loading.Source.model", None)
     monkeypatch.delitem(sys.modules, "leank.learning.ops_cuda", raising=False)
     monkeypatch.delitem(sys.modules, "leank._cuda_built", raising=False)

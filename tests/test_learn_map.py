@@ -135,7 +135,7 @@ def test_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << (30 + device.index), 0))
-    monkeypatch.setattr(cli_learn, "_device", lambda name: torch.device(FIRST))
+    monkeypatch.setattr(cli_learn, "find_device", lambda name: torch.device(FIRST))
     monkeypatch.setattr(run_module, "workers_for", lambda device: 0)
     # These GPUs have kernels for the tiny model in float32.
     monkeypatch.setattr(Plan, "check_device", lambda *args: None)
