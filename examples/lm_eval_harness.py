@@ -55,7 +55,8 @@ def evaluate(model, tokenizer, path):
     manager = TaskManager(include_path=str(path.parent), include_defaults=False)
     lm = HFLM(model, tokenizer=tokenizer, batch_size=1)
     out = simple_evaluate(lm, tasks=[path.stem], task_manager=manager, bootstrap_iters=0)
-    return {k: float(v) for k, v in out["results"][path.stem].items() if k.endswith(",none")}
+    found = out["results"][path.stem]
+    return {k: float(v) for k, v in found.items() if "," in k and "stderr" not in k}
 
 
 folder = model_path()

@@ -58,7 +58,8 @@ def draw_bytes(path: Path, summary: Sequence[Mapping[str, Any]], title: str = ""
             ends = 100 * dense - mean["high_points"], 100 * dense - mean["low_points"]
             axes.vlines(share, *ends, color=colour, linewidth=1.4)
         axes.plot(share, score, "o", color=colour, markersize=7)
-        place = {"xytext": (7, 5), "textcoords": "offset points"}
+        # Methods that keep and score alike would write their names over each other.
+        place = {"xytext": (7, (5, -10, 14, -19)[i % 4]), "textcoords": "offset points"}
         axes.annotate(method["name"], (share, score), fontsize=8, color=GREY, **place)
     axes.set_xlim(0, max(110, 110 * max(method["bytes_share"] for method in summary)))
     axes.set_xlabel("bytes of the cache, % of dense")
