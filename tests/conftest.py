@@ -1,6 +1,8 @@
 """Fixtures and makers of the suite: fixed seeds, poisoned slots, one run per instruction set."""
 
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,3 +66,19 @@ def left_padded(counts, n_columns=None):
     """Boolean [B, T]: the last counts[b] columns are tokens."""
     n_columns = max(counts) if n_columns is None else n_columns
     return np.arange(n_columns) >= n_columns - np.array(counts)[:, None]
+
+
+@pytest.fixture
+def reference_mask():
+    """Return where a mask of the reference implementation is; skip if it is not here."""
+    folder = os.environ.get("LEANK_REFERENCE_MASKS", Path(__file__).parents[2] / "shared" / "masks")
+
+    def find(name):
+        path = Path(folder, name)
+        if not path.exists():
+            pytest.skip(
+                f"{name} is not part of the project; LEANK_REFERENCE_MASKS names its folder"
+            )
+        return path
+
+    return find

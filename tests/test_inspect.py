@@ -2,9 +2,7 @@
 
 import doctest
 import json
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +16,6 @@ from leank.inspection import Inspection, Rotary, predicted_bytes, relate
 from leank.mask_overlap import compare
 
 D = 16
-# Where the masks of the reference implementation are; they are not part of the project.
-MASKS = Path(
-    os.environ.get("LEANK_REFERENCE_MASKS", Path(__file__).parents[2] / "shared" / "masks")
-)
 
 
 def by_hand(**fields):
@@ -224,12 +218,10 @@ def test_facts_that_widths_alone_tell(name):
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_facts_of_the_channels(name):
+def test_facts_of_the_channels(name, reference_mask):
     facts = FACTS[name]
-    if not MASKS:
-        pytest.skip("needs the folder of the reference's masks: LEANK_REFERENCE_MASKS")
     pytest.importorskip("torch")
-    found = Inspection(ChannelMask.from_pth(Path(MASKS, facts["file"])))
+    found = Inspection(ChannelMask.from_pth(reference_mask(facts["file"])))
     assert found.low_half == pytest.approx(facts["low_half"], abs=5e-3)
     number, share, usual = found.outstanding_pair
     assert number == facts["pair"][0] and share == pytest.approx(facts["pair"][1], abs=5e-3)

@@ -1,15 +1,11 @@
 """Import of the reference implementation's .pth masks."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from leank import ChannelMask, MaskFileError
 
 torch = pytest.importorskip("torch", reason="needs torch")
-
-REAL_MASKS = Path(__file__).resolve().parents[2] / "shared" / "masks"
 
 
 def pth(path, value):
@@ -105,11 +101,8 @@ def test_corrupt_files(tmp_path):
         ("qwen2.5-7b-insturct.pth", (28, 4, 128), 0.7098, {0: 35, 32: 34, 64: 33, 96: 10}),
     ],
 )
-def test_the_authors_masks(name, shape, dropped, heads):
-    path = REAL_MASKS / name
-    if not path.exists():
-        pytest.skip(f"the authors' mask {name} is not part of the project")
-    mask = ChannelMask.from_pth(path, sink=128, recent=896)
+def test_the_authors_masks(name, shape, dropped, heads, reference_mask):
+    mask = ChannelMask.from_pth(reference_mask(name), sink=128, recent=896)
     assert mask.keep.shape == shape
     assert round(mask.ratio, 4) == dropped
     widths, counts = np.unique(mask.kept_per_head, return_counts=True)
