@@ -1,7 +1,10 @@
 """The CUDA kernels as torch operators, so that torch.compile can trace through them.
 
-Each names the buffers that it changes: the slab that holds pages and twins, the state (lengths),
-the bitmap of real columns, the workspace. Arguments were checked by leank.cuda.
+Each names the buffers that it changes: the state (lengths), the bitmap of real columns, the
+workspace. Those that a graph may hold do not name the slab, in which pages and twins are: a graph
+made functional would give them a copy of it, while the tables hold addresses in the original, and
+the copy would replace what they wrote. They come in order because they change the state. Arguments
+were checked by leank.cuda.
 """
 
 import functools
@@ -13,12 +16,18 @@ from leank._cuda_built import device_info as _device_info
 
 _LIBRARY = torch.library.Library("leank", "DEF")
 _LIBRARY.define(
-    "attend(Tensor q, Tensor? k, Tensor? v, Tensor? valid, Tensor? sinks, Tensor(a!) slab, "
+    "attend(Tensor q, Tensor? k, Tensor? v, Tensor? valid, Tensor? sinks, Tensor slab, "
     "Tensor(b!) state, Tensor(c!) real, Tensor table, Tensor geom, Tensor(d!) work, int[] limits, "
     "float scale, float softcap, bool return_lse) -> (Tensor, Tensor)"
 )
+# What a step asks about lengths is an operator of its own, since it must be known before `attend`
+# changes them: inductor computes what it can see through again where it is used, and later.
+_LIBRARY.define("columns(Tensor state) -> Tensor")
 _LIBRARY.define(
-    "append(Tensor k, Tensor v, Tensor? valid, Tensor(a!) slab, Tensor(b!) state, "
+    "step_columns(Tensor? mask, Tensor state, Tensor real, Tensor(a!) misfit) -> Tensor"
+)
+_LIBRARY.define(
+    "append(Tensor k, Tensor v, Tensor? valid, Tensor slab, Tensor(b!) state, "
     "Tensor(c!) real, Tensor table, Tensor geom, int columns_before, int[] limits) -> ()"
 )
 _LIBRARY.define(
@@ -144,6 +153,24 @@ def _attend(
     return out, lse
 
 
+def _columns(state):
+    return state[_cuda.STATE_COLUMNS].long()
+
+
+def _step_columns(mask, state, real, misfit):
+    n_rows, room = real.shape
+    now, column = _columns(state), torch.arange(room, device=real.device)
+    if mask is None:
+        allowed = column <= now
+    else:
+        allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
+    allowed = allowed.expand(n_rows, room)
+    stored = (real != 0) & (column < now)
+    misfit.logical_or_(((allowed != stored) & (column != now)).any())
+    # A step beyond the end is noted by `attend`.
+    return allowed.index_select(1, now.clamp(max=room - 1).view(1))
+
+
 def _append(k, v, valid, slab, state, real, table, geom, columns_before, limits):
     n_rows, n_heads, n_columns, head_dim = k.shape
     position = torch.empty(n_rows, n_columns, dtype=torch.int32, device=k.device)
@@ -202,6 +229,20 @@ for _name, _function in (
     ("copy_pages", _copy_pages),
 ):
     _LIBRARY.impl(_name, _function, "CUDA")
+
+
+_LIBRARY.impl("columns", _columns, "CompositeExplicitAutograd")
+_LIBRARY.impl("step_columns", _step_columns, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("leank::columns", lib=_LIBRARY)
+def _columns_fake(state):
+    return state.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("leank::step_columns", lib=_LIBRARY)
+def _step_columns_fake(mask, state, real, misfit):
+    return real.new_empty((real.shape[0], 1), dtype=torch.bool)
 
 
 @torch.library.register_fake("leank::attend", lib=_LIBRARY)

@@ -12,6 +12,7 @@ import warnings
 
 import transformers
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import LeanKCache, patch_of
 
@@ -20,6 +21,7 @@ _ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).pa
 _CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 # Without a GPU's memory to save, "offloaded" asks for what is done anyway.
 _CACHES = (None, "dynamic", "offloaded", "static")
+_ASSISTED = GenerationMode.ASSISTED_GENERATION
 # Ways to draft that run some of the model's own layers, or need what they computed.
 _DRAFTS = ("assistant_early_exit", "use_mtp", "speculation_type")
 # How the class's versions of the methods in REPLACED must begin.
@@ -72,7 +74,7 @@ def _generate(self, *args, **kwargs):
         _current.reset(token)
     # By any layer: one that attends by itself would be dense, and no other would show it.
     unused = call.cache is not None and any(
-        layer.get_seq_length() == call.n_columns for layer in call.cache.packed
+        layer.n_columns == call.n_columns for layer in call.cache.packed
     )
     if not call.prepared or unused:
         missed = "use the model's cache" if call.prepared else "ask the model for its cache"
@@ -82,8 +84,10 @@ def _generate(self, *args, **kwargs):
         )
     if outer is not None and outer.model is self:
         outer.prepared = True  # by this call, which is the whole work of a custom_generate recipe
-    if call.cache is not None and not call.is_assistant:
-        call.cache.stop_past_recording()  # nothing in transformers does
+    if call.cache is not None:
+        call.cache.check()
+        if not call.is_assistant:
+            call.cache.stop_past_recording()  # nothing in transformers does
     if call.dense:
         # From here, so that the line that is named is the user's.
         warnings.warn(
@@ -108,12 +112,19 @@ def _prepare_cache(
         call.dense = "use_cache is False"
     else:
         _refuse(generation_config)
+        gpus = handle.gpus()
+        if gpus:
+            _refuse_on_gpu(generation_config, generation_mode)
+        if len(gpus) > 1:
+            generation_config.disable_compile = True  # graphs end where layers change their GPU
         call.is_assistant = generation_config.is_assistant
         if given is None:
-            if generation_config.cache_implementation == "static":
-                wanted = (max_cache_length, generation_config.max_cache_len, handle.max_cache_len)
-                handle.max_cache_len = max(length for length in wanted if length is not None)
-                call.cache = handle.make_cache(handle.max_cache_len)
+            if gpus or generation_config.cache_implementation == "static":
+                n_columns = max(max_cache_length, generation_config.max_cache_len or 0)
+                if not (gpus and generation_config.disable_compile):  # else no graph is reused
+                    n_columns = max(n_columns, handle.max_cache_len or 0)
+                    handle.max_cache_len = n_columns
+                call.cache = handle.make_cache(n_columns)
             else:
                 call.cache = handle.make_cache()
             model_kwargs[_CACHE] = call.cache
@@ -125,7 +136,7 @@ def _prepare_cache(
         handle.check_cache(given)
         if not call.is_assistant:
             given.stop_past_recording()
-        call.cache, call.n_columns = given, given.get_seq_length()
+        call.cache, call.n_columns = given, given.n_columns
     return type(self)._prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
@@ -228,3 +239,19 @@ def _refuse(generation_config) -> None:
         raise NotImplementedError(
             "output_attentions: expected False on a patched model, which never forms the weights"
         )
+
+
+def _refuse_on_gpu(generation_config, generation_mode) -> None:
+    """Raise for what takes several tokens per row after the prompt, or moves the cache."""
+    what = (
+        ("assistant_model, prompt_lookup_num_tokens", generation_mode == _ASSISTED),
+        ("is_assistant", generation_config.is_assistant),
+        ("prefill_chunk_size", generation_config.prefill_chunk_size),
+        ("cache_implementation", generation_config.cache_implementation == "offloaded"),
+    )
+    for name, got in what:
+        if got:
+            raise NotImplementedError(
+                f"{name}: expected none on a GPU, where a cache stays and takes the prompt in one "
+                "call and then one token per row at a time so far; the CPU does it"
+            )

@@ -27,7 +27,7 @@ from .cache_args import fitted_to, resolve_window
 from .cache_layer import LeanKLayer
 from .mask_source import load_mask
 from .masks import ChannelMask
-from .models import PREFIX, Layout, inspect_model
+from .models import PREFIX, Layout, gpus_of, inspect_model
 
 # Where generate() keeps a compiled forward: it was traced with the other attention.
 _COMPILED = ("_compiled_call", "_last_compile_config")
@@ -80,6 +80,10 @@ class Patch:
             "a patched model cannot be pickled: call leank.unpatch(model) before pickling"
         )
 
+    def gpus(self) -> list[int]:
+        """Return the numbers of the GPUs that the model is on now; none on the CPU."""
+        return gpus_of(self.model)
+
     def make_cache(self, max_cache_len: int | None = None) -> LeanKCache:
         """Return an empty cache with the patch's mask and window."""
         if self.model.training and any(
@@ -90,7 +94,11 @@ class Patch:
                 "drops every cache; call model.eval() first"
             )
         cache = LeanKCache(
-            self.mask, **self.window, config=self.model.config, max_cache_len=max_cache_len
+            self.mask,
+            **self.window,
+            config=self.model.config,
+            max_cache_len=max_cache_len,
+            device="cuda" if self.gpus() else "cpu",
         )
         if not self.layout.interface:
             cache.sdpa = attention.sdpa
@@ -164,15 +172,22 @@ def patch(
     needs a cache of fixed length: ``cache_implementation="static"``, or ``make_cache`` with
     ``max_cache_len``.
 
+    On NVIDIA GPUs every cache has a fixed length. ``generate`` reserves what the longest call so
+    far could need, and compiles its steps, with CUDA graphs. With ``disable_compile=True`` it does
+    not, and reserves what the call itself can need; nor does it compile where layers are on several
+    GPUs. The prompt comes in one call and then one token per row at a time: chunked prefill, drafts
+    and longer second turns are refused.
+
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A causal language model on the CPU, in float32, bfloat16 or float16, that attends to stored
-        K and V; layers with a sliding window, chunks or a state (as of Mamba) keep transformers'
-        own cache. A model that is set to flash or flex attention uses sdpa, or else eager
-        attention, until `unpatch`. The model is asked to read two tokens. Of a model that is cut
-        between processes by tensor parallelism, each process prunes the KV heads that it has: call
-        this in all of them.
+        A causal language model on the CPU, in float32, bfloat16 or float16, or on NVIDIA GPUs, in
+        bfloat16 or float16 and with a head dim of 64, 80, 96 or 128, that attends to stored K and
+        V; layers with a sliding window, chunks or a state (as of Mamba, on the CPU) keep
+        transformers' own cache. A model that is set to flash or flex attention uses sdpa, or else
+        eager attention, until `unpatch`. The model is asked to read two tokens. Of a model that is
+        cut between processes by tensor parallelism, each process prunes the KV heads that it has:
+        call this in all of them.
     mask : ChannelMask, path or name
         Channels to keep, [layers, KV heads, head dim] of the whole model; or a mask file, a name
         that ``leank masks`` lists, or a Hugging Face Hub repository, as `leank.load_mask` takes
@@ -204,6 +219,8 @@ def patch(
         already, or its attention is of a kind that cannot be pruned.
     RuntimeError
         This version of transformers has no place to hook into.
+    ModuleNotFoundError
+        The model is on a GPU, and LeanK was built without CUDA.
 
     Examples
     --------
@@ -268,7 +285,7 @@ def make_cache(model: nn.Module, *, max_cache_len: int | None = None) -> LeanKCa
         The patched model.
     max_cache_len : int, optional
         Columns that fit. Pages for them are reserved at the first token, and a compiled model can
-        use the cache. None: it grows.
+        use the cache. None: it grows, which a cache on a GPU cannot.
 
     Returns
     -------
@@ -279,7 +296,7 @@ def make_cache(model: nn.Module, *, max_cache_len: int | None = None) -> LeanKCa
     Raises
     ------
     ValueError
-        The model is not patched, or ``max_cache_len`` is not positive.
+        The model is not patched, or ``max_cache_len`` is not positive, or None on a GPU.
     TypeError
         ``max_cache_len`` is not an int.
     """

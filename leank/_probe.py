@@ -34,6 +34,8 @@ class Seen:
         Of the attention modules.
     terms : set of str
         "softcap", "sinks".
+    groups : set of int
+        Query heads per KV head.
     interface : bool
         Whether the attention interface is looked at, or torch's function.
     reached : bool
@@ -45,6 +47,7 @@ class Seen:
     shapes: dict[int, tuple[int, int, int, torch.dtype]] = field(default_factory=dict)
     configs: list = field(default_factory=list)
     terms: set[str] = field(default_factory=set)
+    groups: set[int] = field(default_factory=set)
 
     def record(self, tokens: _Tokens, query: torch.Tensor, value: object) -> torch.Tensor:
         """Note a layer's sizes; returns zeros [B, T, Hq, Dv] in place of its output."""
@@ -55,6 +58,7 @@ class Seen:
             raise _Touched(
                 f"giving K {tuple(k.shape)} and {other} to the attention of layer {tokens.index}"
             )
+        self.groups.add(n_heads // n_kv_heads)
         self.shapes[tokens.index] = (n_kv_heads, k.shape[-1], v.shape[-1], k.dtype)
         return query.new_zeros(query.shape[0], query.shape[2], n_heads, v.shape[-1])
 

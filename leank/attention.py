@@ -20,8 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import _C, _compiled
-from ._arrays import as_array
+from . import _compiled
 from .cache_layer import LeanKLayer, NewTokens
 from .models import BASES, PREFIX
 
@@ -91,7 +90,15 @@ def _attend(
                 "expected torch.no_grad() or torch.inference_mode() around a compiled model with "
                 "a LeanKCache, through which there is no gradient"
             )
-        return _compiled.attend(query, tokens, mask, terms)
+        if not tokens.layer.counts_on_device:
+            return _compiled.attend(query, tokens, mask, terms)
+        if query.shape[2] > 1 or not tokens.layer.is_initialized:
+            _compiled.refuse(
+                "expected one token per row after a prompt outside of the compiled model on a GPU, "
+                f"got {query.shape[2] if tokens.layer.is_initialized else 'the prompt'}"
+            )
+        valid = tokens.layer.step_columns(tokens, mask)
+        return tokens.layer.attend(query, tokens.k, tokens.v, valid, terms)
     out = _packed(query, tokens, mask, terms, dense)
     tokens.cache.note_columns()
     return out
@@ -108,22 +115,15 @@ def _packed(
     layer, k, v = tokens.layer, tokens.k, tokens.v
     n_columns = k.shape[2]
     valid = _columns(tokens, mask)
-    store = layer.open(k, v)
+    layer.open(k, v)
     if dense is not None and layer.is_prompt_only(n_columns):
         # The mask of a cache of fixed length covers columns to come as well.
         out = dense(None if mask is None else mask[..., :n_columns])
-        store.append(as_array(k), as_array(v), valid)
+        layer.append(k.detach(), v.detach(), valid)
+    elif _needs_gradient(query, tokens):
+        out = _Attend.apply(query, k, v, layer.anchor, layer, valid, terms)
     else:
-        # A build of the extension that knows no such term is not asked about it.
-        terms = {name: x for name, x in terms.items() if x is not None}
-        if "sinks" in terms:
-            terms["sinks"] = as_array(terms["sinks"])
-        call = (layer, valid, terms)
-        out = (
-            _Decode.apply(query, k, v, layer.anchor, call)
-            if _needs_gradient(query, tokens)
-            else _decode(query, k, v, call)
-        )
+        out = layer.attend(query, k, v, valid, terms)
     if torch.is_grad_enabled() and layer.anchor is None and (k.requires_grad or v.requires_grad):
         layer.anchor = torch.zeros((), requires_grad=True)
     return out
@@ -150,31 +150,12 @@ def base_forward(base: str, module):
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
-def _decode(query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple) -> torch.Tensor:
-    """Put K and V, attend, settle; returns [B, T, Hq, Dv] contiguous."""
-    layer, valid, terms = call
-    n_rows, n_heads, n_columns, _ = query.shape
-    out = torch.empty(n_rows, n_columns, n_heads, v.shape[-1], dtype=query.dtype)
-    size = layer.piece_columns(n_columns)
-    for start in range(0, n_columns, size):
-        piece = slice(start, start + size)
-        _C.decode(
-            layer.store,
-            *(as_array(x[:, :, piece]) for x in (query, k, v)),
-            valid=None if valid is None else np.ascontiguousarray(valid[:, piece]),
-            out=as_array(out[:, piece].transpose(1, 2)),
-            n_threads=torch.get_num_threads(),
-            **terms,
-        )
-    return out
-
-
-class _Decode(torch.autograd.Function):
-    """``_decode`` where autograd looks on: stored tokens have no gradient, so backward raises."""
+class _Attend(torch.autograd.Function):
+    """A layer's `attend` where autograd looks on: stored tokens have no gradient."""
 
     @staticmethod
-    def forward(ctx, query, k, v, anchor, call):
-        return _decode(query, k, v, call)
+    def forward(ctx, query, k, v, anchor, layer, valid, terms):
+        return layer.attend(query, k, v, valid, terms)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -213,14 +194,16 @@ def _refuse_numbers(query: torch.Tensor, tokens: NewTokens, dropout: float | Non
 # --------------------------------------------------------------------- which columns are tokens
 
 
-def _columns(tokens: NewTokens, mask: torch.Tensor | None) -> np.ndarray | None:
+def _columns(tokens: NewTokens, mask: torch.Tensor | None) -> torch.Tensor | None:
     """
-    Return ``valid`` [B, T] of this call, None if all are tokens.
+    Return ``valid``, bool [B, T], of this call, None if all are tokens.
 
     All layers of a forward get the same mask, so it is read once and kept on the cache.
     """
     cache, layer, k = tokens.cache, tokens.layer, tokens.k
-    key = (layer.get_seq_length(), k.shape[0], k.shape[2])
+    if layer.counts_on_device and layer.n_columns:
+        return layer.step_columns(tokens, mask)
+    key = (layer.n_columns, k.shape[0], k.shape[2])
     if cache.columns is not None:
         seen, seen_key, valid = cache.columns
         if seen_key == key and (mask is None if seen is None else seen() is mask):
@@ -232,7 +215,7 @@ def _columns(tokens: NewTokens, mask: torch.Tensor | None) -> np.ndarray | None:
 
 def _read_mask(
     layer: LeanKLayer, mask: torch.Tensor | None, n_past: int, n_rows: int, n_new: int
-) -> np.ndarray | None:
+) -> torch.Tensor | None:
     if mask is None:
         if n_past and int(layer.store.lengths.sum()) != n_rows * n_past:
             raise ValueError(
@@ -252,17 +235,16 @@ def _read_mask(
             "attention_mask: expected causal attention, got columns that are still to come"
         )
     allowed = allowed[..., :n_all]
-    tokens = allowed[:, -1]
-    real = tokens.numpy()
+    real = allowed[:, -1]
     if n_past and not np.array_equal(real[:, :n_past], layer.store.real):
-        row, column = np.argwhere(real[:, :n_past] != layer.store.real)[0]
+        row, column = np.argwhere(real[:, :n_past].numpy() != layer.store.real)[0]
         raise ValueError(
             "attention_mask: expected the padding that the cache was filled with, "
             f"got another value for row {row}, column {column}"
         )
-    _check_causal(allowed, tokens, n_past)
+    _check_causal(allowed, real, n_past)
     valid = real[:, n_past:]
-    return None if valid.all() else np.ascontiguousarray(valid)
+    return None if valid.all() else valid.contiguous()
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor:
@@ -280,9 +262,9 @@ def _allowed(mask: torch.Tensor) -> torch.Tensor:
 def _check_causal(allowed: torch.Tensor, tokens: torch.Tensor, n_past: int) -> None:
     """Require that each query token sees the tokens up to itself; padding may see anything."""
     n_new, n_all = allowed.shape[1:]
-    column = torch.arange(n_all)
+    column = torch.arange(n_all, device=allowed.device)
     for start in range(0, n_new - 1, _CHECK_ROWS):  # the last query row is where tokens come from
-        rows = torch.arange(start, min(start + _CHECK_ROWS, n_new))
+        rows = torch.arange(start, min(start + _CHECK_ROWS, n_new), device=allowed.device)
         expected = tokens[:, None] & (column <= n_past + rows[:, None])
         wrong = (allowed[:, start : start + _CHECK_ROWS] != expected).any(-1) & tokens[
             :, n_past + rows

@@ -38,8 +38,8 @@ class LeanKCache(Cache):
 
     ``generate`` on a patched model makes one by itself; ``leank.make_cache(model)`` makes one for
     plain forwards. Lengths are in columns, as everywhere in transformers: padding counts there, but
-    is not stored. It lies in CPU memory, where there is nothing to offload, and cannot be pickled;
-    ``copy.deepcopy`` shares pages.
+    is not stored. It lies where the model computes, is not offloaded from there, and cannot be
+    pickled; ``copy.deepcopy`` shares pages on the CPU, and copies them on a GPU.
 
     With ``max_cache_len`` all pages are reserved at the first token, and compiled models can use
     it; their graphs read lengths when they run, so that no length needs a graph of its own.
@@ -58,6 +58,10 @@ class LeanKCache(Cache):
         layers.
     max_cache_len : int, optional
         Columns that fit. None: it grows. Not for models whose layers keep a state.
+    device : {"cpu", "cuda"}
+        What the model computes on. "cuda": NVIDIA GPUs; each layer's pages are reserved on the GPU
+        that its K comes from, `max_cache_len` must be given, the prompt comes in one call, and each
+        call after it brings one token per row.
 
     Attributes
     ----------
@@ -88,14 +92,25 @@ class LeanKCache(Cache):
         slack: int = 64,
         config: PretrainedConfig | None = None,
         max_cache_len: int | None = None,
+        device: str = "cpu",
     ) -> None:
         if not isinstance(mask, ChannelMask):
             raise TypeError(f"mask: expected a ChannelMask, got {type(mask).__name__}")
         window = resolve_window(mask, sink, recent, slack)
         layer_type, full = LeanKLayer, DynamicLayer
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f'device: expected "cpu" or "cuda", got {device!r}')
         if max_cache_len is not None:
             max_cache_len = checked_int("max_cache_len", max_cache_len, 1)
-            layer_type, full = partial(LeanKStaticLayer, max_cache_len=max_cache_len), StaticLayer
+            layer_type, full = LeanKStaticLayer, StaticLayer
+            if device == "cuda":
+                from .cuda_layer import LeanKCudaLayer as layer_type  # where leank._cuda was built
+            layer_type = partial(layer_type, max_cache_len=max_cache_len)
+        elif device == "cuda":
+            raise ValueError(
+                "max_cache_len: expected the number of columns to reserve, since a cache on a GPU "
+                "does not grow, as in leank.make_cache(model, max_cache_len=...), got None"
+            )
         layers = [None] * len(mask.keep)
         if config is not None:
             layers = DynamicCache(config=config).layers
@@ -116,8 +131,9 @@ class LeanKCache(Cache):
                 layers[i] = LeanKStateLayer(keep, layers[i].number_of_states, **window)
         super().__init__(layers=layers)
         self.max_cache_len = max_cache_len
-        # What compiled forwards know of it; None: they cannot use it.
-        self.state = None if max_cache_len is None else _compiled.new_state(self)
+        # What compiled forwards on the CPU know of it.
+        is_known = max_cache_len is not None and device == "cpu"
+        self.state = _compiled.new_state(self) if is_known else None
         self.columns = None  # what leank.attention read from this forward's mask
         self._reached: set[tuple[int, str]] = set()  # layers, and what of them, by this forward
         self._due = 0  # columns after this forward
@@ -150,7 +166,7 @@ class LeanKCache(Cache):
         """Return the handle of new K and V of a pruned layer."""
         if not torch.compiler.is_compiling():  # else the operator does so, when the graph runs
             layer = self.layers[layer_idx]
-            self._due = layer.get_seq_length() + k.shape[-2]
+            self._due = layer.n_columns + k.shape[-2]
             k, v = layer.update(k, v)
         return NewTokens(self, layer_idx, k, v)
 
@@ -168,7 +184,7 @@ class LeanKCache(Cache):
     def _reach(self, layer_idx: int, part: str, n_columns: int = 0) -> None:
         """Note how far a forward has come; what it reaches again is the begin of another."""
         if torch.compiler.is_compiling():
-            if self.state is None:
+            if self.max_cache_len is None:
                 _compiled.refuse(
                     "expected a LeanKCache of fixed length, as leank.make_cache(model, "
                     "max_cache_len=) makes it, in a compiled model, got one that grows"
@@ -221,7 +237,7 @@ class LeanKCache(Cache):
     @property
     def n_columns(self) -> int:
         """Columns of the forwards that reached the last pruned layer."""
-        return self.packed[-1].get_seq_length()
+        return self.packed[-1].n_columns
 
     def note_columns(self) -> None:
         """Let compiled forwards know how many columns there are."""
@@ -229,10 +245,34 @@ class LeanKCache(Cache):
             self.state[1] = self.n_columns
 
     def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
-        """Columns stored, padding included; a tensor where a graph is being compiled."""
-        if torch.compiler.is_compiling() and self.state is not None:
-            return self.state[1]
+        """
+        Columns stored, padding included.
+
+        A tensor where a graph is being compiled, and on a GPU after a compiled model ran.
+        """
+        if torch.compiler.is_compiling() and self.max_cache_len is not None:
+            return self.packed[0].get_seq_length() if self.state is None else self.state[1]
         return super().get_seq_length(layer_idx)
+
+    def check(self) -> None:
+        """
+        Raise if steps of a compiled model on a GPU went wrong, of which the host knows nothing yet.
+
+        ``generate`` does so at its end. Waits for the GPU.
+
+        Raises
+        ------
+        RuntimeError
+            A step went past ``max_cache_len``.
+        ValueError
+            A step's mask had other padding than the columns that are stored.
+        """
+        for layer in self.packed:
+            layer.check()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder rows for beam search."""
+        super().reorder_cache(beam_idx.cpu())  # waits for a GPU once, not in each layer
 
     def reset(self) -> None:
         """Forget all tokens and the announced prompt; what is reserved stays so."""
@@ -264,8 +304,8 @@ class LeanKCache(Cache):
             The cache has columns already, or ``n_columns`` is not positive.
         """
         n_columns = checked_int("n_columns", n_columns, 1)
-        if self.get_seq_length():
-            raise ValueError(f"cache: expected no column yet, got {self.get_seq_length()}")
+        if self.n_columns:
+            raise ValueError(f"cache: expected no column yet, got {self.n_columns}")
         for layer in self.packed:
             layer.prompt_columns = n_columns
 
@@ -349,14 +389,14 @@ class LeanKCache(Cache):
             layer.record_past = False
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row; the copies share pages."""
-        if self.get_seq_length():
+        """Repeat each row; on the CPU the copies share pages."""
+        if self.n_columns:
             rows = torch.arange(self.packed[0].store.n_rows)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that an index tensor or a boolean tensor names, in its order."""
-        if self.get_seq_length():
+        if self.n_columns:
             rows = torch.arange(self.packed[0].store.n_rows)[torch.as_tensor(indices).cpu()]
             for layer in self.layers:
                 has_state = isinstance(layer, LinearAttentionCacheLayerMixin)
@@ -378,13 +418,14 @@ class LeanKCache(Cache):
             layer.get_seq_length() in (0, n_columns)
             or _records(layer)
             # Those of fixed length cannot crop.
-            or (self.state is None and layer.get_seq_length() < layer.sliding_window)
+            or (self.max_cache_len is None and layer.get_seq_length() < layer.sliding_window)
             for layer in self._sliding()
         )
 
     def _lengths(self) -> list[int]:
         """Return the numbers of columns that layers hold: one, unless a forward stopped."""
-        return sorted({layer.get_seq_length() for layer in (*self.packed, *self._sliding())})
+        lengths = {layer.n_columns for layer in self.packed}
+        return sorted(lengths | {layer.get_seq_length() for layer in self._sliding()})
 
     def _can_undo(self) -> bool:
         """Whether layers that are ahead lose nothing but columns when they go back to the others.
@@ -410,7 +451,9 @@ class LeanKCache(Cache):
         )
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Do nothing: the pages lie in CPU memory, and are read there."""
+        """Do nothing on the CPU, where pages are read; fail on a GPU."""
+        if self.packed[0].counts_on_device:
+            raise NotImplementedError("offload: expected a cache on the CPU, got one on a GPU")
 
     prefetch = offload
 

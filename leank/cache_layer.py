@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from . import _C
+from ._arrays import as_array
 from .models import DTYPES
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ class LeanKLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     is_sliding = False
+    device_type = "cpu"  # of K and V
+    dtypes = tuple(DTYPES.values())
+    counts_on_device = False  # steps change lengths where the host does not see them
 
     def __init__(self, keep: np.ndarray, *, sink: int, recent: int, slack: int) -> None:
         self.keep = keep
@@ -101,29 +105,66 @@ class LeanKLayer(CacheLayerMixin):
         """Columns of a call that are attended to and stored together."""
         return n_columns
 
-    def open(self, k: torch.Tensor, v: torch.Tensor) -> _C.LayerCache:
-        """Return the store that takes K and V next; while it is empty it is made to fit them."""
-        if self.get_seq_length() == 0:
+    def open(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Have a store that takes K and V next; while it is empty it is made to fit them."""
+        if self.n_columns == 0:
             self.lazy_initialization(k, v)
-        return self.store
 
     def is_prompt_only(self, n_columns: int) -> bool:
         """Whether a next call of so many columns is one dense attention among its own tokens."""
         announced = self.prompt_columns is None or n_columns <= self.prompt_columns
-        return self.get_seq_length() == 0 and announced
+        return self.n_columns == 0 and announced
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Store a prompt, which attends by the framework's attention; valid: bool [B, T]."""
+        self.store.append(as_array(k), as_array(v), None if valid is None else valid.numpy())
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        valid: torch.Tensor | None,
+        terms: dict,
+    ) -> torch.Tensor:
+        """Put K and V, attend, settle; returns [B, T, Hq, Dv] contiguous."""
+        # A build of the extension that knows no such term is not asked about it.
+        terms = {name: x for name, x in terms.items() if x is not None}
+        if "sinks" in terms:
+            terms["sinks"] = as_array(terms["sinks"])
+        n_rows, n_heads, n_columns, _ = query.shape
+        out = torch.empty(n_rows, n_columns, n_heads, v.shape[-1], dtype=query.dtype)
+        size = self.piece_columns(n_columns)
+        for start in range(0, n_columns, size):
+            piece = slice(start, start + size)
+            _C.decode(
+                self.store,
+                *(as_array(x[:, :, piece]) for x in (query, k, v)),
+                valid=None if valid is None else np.ascontiguousarray(valid[:, piece]),
+                out=as_array(out[:, piece].transpose(1, 2)),
+                n_threads=torch.get_num_threads(),
+                **terms,
+            )
+        return out
+
+    def check(self) -> None:
+        """Raise if steps went wrong that the host did not see."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Check K and V and return them; storing is the attention function's part."""
         n_heads, head_dim = self.keep.shape
-        n_rows, dtypes = key_states.shape[0], list(DTYPES.values())
-        if self.get_seq_length():
-            n_rows, dtypes = self.store.n_rows, [self.store.dtype]
+        n_rows, dtypes = key_states.shape[0], self.dtypes
+        if self.n_columns:
+            n_rows, dtypes = self.store.n_rows, (self.stored_dtype,)
         expected = (n_rows, n_heads, key_states.shape[-2], head_dim)
         for name, tensor in (("k", key_states), ("v", value_states)):
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
-            if tensor.device.type != "cpu":
-                raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
+            if tensor.device.type != self.device_type:
+                raise ValueError(
+                    f"{name}: expected a tensor on {self.device_type}, where this cache is, got "
+                    f"one on {tensor.device}"
+                )
             if DTYPES.get(tensor.dtype) not in dtypes:
                 raise ValueError(f"{name}: expected {' or '.join(dtypes)}, got {tensor.dtype}")
         if value_states.dtype != key_states.dtype:  # under autocast, where only K is rotated
@@ -133,13 +174,23 @@ class LeanKLayer(CacheLayerMixin):
             )
         return key_states, value_states
 
-    def get_seq_length(self) -> int:
+    @property
+    def stored_dtype(self) -> str:
+        """Name of the dtype of what is stored."""
+        return DTYPES.get(self.store.dtype, self.store.dtype)
+
+    @property
+    def n_columns(self) -> int:
         """Columns stored, padding included."""
         return 0 if self.store is None else self.store.n_columns
 
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Columns stored, as transformers asks for them."""
+        return self.n_columns
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that the next call's mask covers."""
-        return self.get_seq_length() + query_length, 0
+        return self.n_columns + query_length, 0
 
     def get_max_length(self) -> int:
         """-1: it grows without a limit."""
@@ -156,7 +207,7 @@ class LeanKLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns, as ``LeanKCache.crop``."""
-        self.crop_to(cropped(self.get_seq_length(), tokens_to_remove))
+        self.crop_to(cropped(self.n_columns, tokens_to_remove))
 
     @property
     def record_past(self) -> bool:
@@ -178,14 +229,14 @@ class LeanKLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row; the copies share pages."""
-        if self.get_seq_length():
+        """Repeat each row; on the CPU the copies share pages."""
+        if self.n_columns:
             rows = np.arange(self.store.n_rows, dtype=np.int64)
             self.store.select(np.repeat(rows, repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that an index tensor or a boolean tensor names, in its order."""
-        if self.get_seq_length():
+        if self.n_columns:
             rows = np.arange(self.store.n_rows, dtype=np.int64)
             self.store.select(np.ascontiguousarray(rows[torch.as_tensor(indices).cpu().numpy()]))
 
@@ -200,7 +251,7 @@ class LeanKLayer(CacheLayerMixin):
     prefetch = offload
 
     def __deepcopy__(self, memo: dict) -> LeanKLayer:
-        """Copy with shared pages; they are copied when one of the owners writes to them."""
+        """Copy; on the CPU with shared pages, copied when one of the owners writes to them."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(self.__dict__)

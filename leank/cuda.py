@@ -87,20 +87,17 @@ class LayerCache:
         )
         if keep.shape[1] not in _cuda.HEAD_DIMS:
             raise ValueError(f"keep: expected a head dim of {_cuda.HEAD_DIMS}, got {keep.shape[1]}")
-        self.device = torch.device(device)
-        if self.device.type != "cuda":
-            raise ValueError(f"device: expected a CUDA device, got {self.device}")
-        if self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = _checked_device(device)
         self.keep, self.dtype, self.n_rows = keep, dtype, n_rows
-        self.head_dim = keep.shape[1]
+        self.head_dim = self.v_dim = keep.shape[1]
         self.sink, self.recent, self.slack, self.max_tokens = sink, recent, slack, max_tokens
         self._limits = [min(x, _MOST_TOKENS) for x in (sink, recent, slack, max_tokens)]
         self._reserve()
         # Once a step was compiled or captured it may be replayed, which only the device counts.
-        self._may_be_replayed = False
+        self.may_be_replayed = False
         self.reset()
 
+    @torch.inference_mode(False)  # else they could only be changed in that mode
     def _reserve(self) -> None:
         """Allocate pages and twins in one slab, and fill the tables that say where they are."""
         memory, n_rows = self._memory, self.n_rows
@@ -131,9 +128,13 @@ class LayerCache:
         self._state = torch.zeros(
             _cuda.STATE_HEADER + 3 * n_rows, dtype=torch.int32, device=self.device
         )
+        # 1 where a column is a token of the row; anything beyond the columns that are stored.
         self._real = torch.zeros(n_rows, self.max_tokens, dtype=torch.uint8, device=self.device)
         self._buffers = self.slab, self._state, self._real, self._table, self._geom
         self._work = workspace(self.device.index)
+        for x in (*self._buffers, self._work):
+            # A graph that torch captures takes them where they are, instead of copying them.
+            torch._dynamo.mark_static_address(x, guard=False)
 
     # ------------------------------------------------------------------------------- what is stored
 
@@ -142,9 +143,14 @@ class LayerCache:
         return self._state[first : first + self.n_rows]
 
     @property
+    def columns(self) -> torch.Tensor:
+        """Columns stored, padding included: int64 [] on the device."""
+        return _ops.columns(self._state)
+
+    @property
     def n_columns(self) -> int:
-        """Columns stored, padding included. Waits for the device."""
-        return int(self._state[_cuda.STATE_COLUMNS])
+        """The same as an int. Waits for the device once a step was compiled or captured."""
+        return int(self.columns) if self.may_be_replayed else self._columns
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -157,6 +163,12 @@ class LayerCache:
         """Position after the sink from which dropped channels are stored: int64 [B] on the CPU."""
         return self._rows(1).cpu().long()
 
+    @property
+    def prompt_lengths(self) -> torch.Tensor:
+        """Tokens of each row's prompt, -1 without one: int64 [B] on the CPU. Waits."""
+        n0 = self._rows(2).cpu().long()
+        return n0.where(n0 != _cuda.STATE_OPEN, -1)
+
     def check(self) -> None:
         """Raise RuntimeError if a compiled or replayed step went past `max_tokens`.
 
@@ -167,6 +179,41 @@ class LayerCache:
                 f"cache: a compiled or replayed step went past max_tokens = {self.max_tokens}; "
                 "its tokens were not stored"
             )
+
+    def step_columns(self, mask: torch.Tensor | None, misfit: torch.Tensor) -> torch.Tensor:
+        """Return `valid` for the next column from an attention mask, without waiting.
+
+        Parameters
+        ----------
+        mask : tensor [B or 1, 1, 1, max_tokens], optional
+            Where the column's query may attend: True, or 0 if it is of floating point. None: to
+            everything.
+        misfit : bool tensor []
+            Is set if the mask hides a token that is stored, or shows anything else but the new
+            column.
+
+        Returns
+        -------
+        bool tensor [B, 1]
+            For `decode`.
+
+        Raises
+        ------
+        ValueError
+            The mask has another shape or dtype.
+        """
+        if mask is not None:
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise ValueError(
+                    f"attention_mask: expected torch.bool or floating point, got {mask.dtype}"
+                )
+            shape = (self.n_rows, 1, 1, self.max_tokens)
+            if tuple(mask.shape) not in (shape, (1, *shape[1:])):
+                raise ValueError(
+                    f"attention_mask: expected {shape}, the same for all heads, "
+                    f"got {tuple(mask.shape)}"
+                )
+        return _ops.step_columns(mask, self._state, self._real, misfit)
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of pages and twins, as ``leank.LayerCache.memory``."""
@@ -183,7 +230,7 @@ class LayerCache:
 
     def _count(self, n_new: int) -> int:
         """Columns before a call of n_new columns, which must fit."""
-        before = self.n_columns if self._may_be_replayed else self._columns
+        before = self.n_columns
         if before + n_new > self.max_tokens:
             raise ValueError(
                 f"cache: expected at most max_tokens = {self.max_tokens} columns, "
@@ -228,7 +275,7 @@ class LayerCache:
 
     def crop(self, n_columns: int) -> None:
         """Keep the first `n_columns` columns; 0 makes every row empty."""
-        now = self._count(0)
+        now = self.n_columns
         if not 0 <= n_columns <= now:
             raise ValueError(f"n_columns: expected 0 to {now}, got {n_columns}")
         _ops.crop(*self._buffers, n_columns, self._limits)
@@ -325,7 +372,7 @@ class LayerCache:
         self._real.copy_(real)
         self._state[header:].view(3, -1).copy_(state)
         self._state[:header].copy_(other._state[:header])
-        self._columns = other.n_columns if other._may_be_replayed else other._columns
+        self._columns = other.n_columns
 
     def _copy_pages(self, other: "LayerCache", pairs: np.ndarray) -> None:
         """Copy pages of rows: pairs [n, 2] of a row of this cache and one of the other."""
@@ -375,6 +422,14 @@ class LayerCache:
                 f"valid: expected {(self.n_rows, n_columns)}, got {tuple(valid.shape)}"
             )
         return valid.contiguous()
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    """Return a CUDA device with its number."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(f"device: expected a CUDA device, got {device}")
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
 def decode(
@@ -458,7 +513,7 @@ def decode(
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected 0 or a positive finite number, got {softcap}")
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        cache._may_be_replayed = True
+        cache.may_be_replayed = True
         columns = 0  # is not used any more
     else:
         columns = cache._count(int(k is not None)) + int(k is not None)

@@ -207,7 +207,7 @@ def _facts(cache: Cache) -> tuple[str | None, tuple[int, ...], dict[str, int] | 
         if first.store is None:
             return None, (), dict(first.window)
         lengths = tuple(int(n) for n in first.store.lengths)
-        return first.store.dtype, lengths, dict(first.window)
+        return first.stored_dtype, lengths, dict(first.window)
     for layer in cache.layers:
         if isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys is not None:
             n_rows, dtype = layer.keys.shape[0], str(layer.keys.dtype).removeprefix("torch.")
@@ -251,7 +251,7 @@ def _pruned(layer: LeanKLayer, state_bytes: int) -> LayerMemory:
         used["k_bytes"],
         used["v_bytes"],
         used["slab_bytes"],
-        n_tokens * channels * _SIZES[store.dtype],
+        n_tokens * channels * _SIZES[layer.stored_dtype],
         state_bytes,
         used["n_pages"],
         used["n_twins"],

@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 
@@ -56,6 +57,10 @@ class Layout:
     interface : bool
         Whether the model attends through transformers' attention interface; else it calls
         ``scaled_dot_product_attention`` itself.
+    group : int
+        Query heads per KV head, the most in any of these layers.
+    dtype : torch.dtype
+        Of K.
     rank, n_ranks : int
         This process's place among those that tensor parallelism cuts the KV heads between; 0 of 1
         where every process has all heads.
@@ -70,6 +75,8 @@ class Layout:
     outside: tuple[int, ...] = field(default=(), kw_only=True)
     terms: tuple[str, ...] = field(default=(), kw_only=True)
     interface: bool = field(default=True, kw_only=True)
+    group: int = field(kw_only=True)
+    dtype: torch.dtype = field(kw_only=True)
     rank: int = field(default=0, kw_only=True)
     n_ranks: int = field(default=1, kw_only=True)
 
@@ -87,23 +94,66 @@ class Layout:
 
 def inspect_model(model: nn.Module, beneath: str | None = None) -> Layout:
     """
-    Check that a model can be patched, also where it computes, and return its layout.
+    Check that a model can be patched where it computes, and return its layout.
 
     Parameters and the rest of the exceptions are those of `inspect_structure`.
 
     Raises
     ------
     ValueError
-        As `inspect_structure`; or a module does not compute on the CPU.
+        As `inspect_structure`, or as `gpus_of`; or the kernels on GPUs do not take its K.
+    ModuleNotFoundError
+        The model is on a GPU, and LeanK was built without CUDA.
     """
     _check_class(model)
+    gpus = gpus_of(model)
+    layout = inspect_structure(model, beneath)
+    if gpus:
+        _check_kernels(model, layout)
+    return layout
+
+
+def gpus_of(model: nn.Module) -> list[int]:
+    """
+    Return the numbers of the NVIDIA GPUs that a model computes on; none if it does on the CPU.
+
+    Raises
+    ------
+    ValueError
+        It computes on both, or elsewhere.
+    """
     devices = {_probe.device_of(module) for module in model.modules() if _has_weights(module)}
-    others = sorted({str(device) for device in devices if device.type != "cpu"})
-    if others:
+    kinds = {device.type for device in devices}
+    if kinds <= {"cpu"}:
+        return []
+    if kinds == {"cuda"}:
+        return sorted({device.index or 0 for device in devices})
+    raise ValueError(
+        "model: expected all weights on the CPU, or all on NVIDIA GPUs, "
+        f"got {sorted(map(str, devices))}"
+    )
+
+
+def _check_kernels(model: nn.Module, layout: Layout) -> None:
+    from ._cuda_built import _cuda
+
+    layers = enumerate(_layers(model))
+    states = [i for i, layer in layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+    if states:
         raise ValueError(
-            f"model: expected all weights on the CPU (this version decodes there), got {others}"
+            "model: expected layers without a state (as of Mamba) on a GPU, where caches have a "
+            f"fixed length so far, got {type(model).__name__} with one in {layers_text(states)}"
         )
-    return inspect_structure(model, beneath)
+    dtype, head_dim, group = layout.dtype, layout.head_dim, layout.group
+    for name, fits, got in (
+        ("K in bfloat16 or float16", dtype in (torch.bfloat16, torch.float16), dtype),
+        (f"a head dim of {_cuda.HEAD_DIMS}", head_dim in _cuda.HEAD_DIMS, head_dim),
+        (f"at most {_cuda.MAX_R} query heads per KV head", group <= _cuda.MAX_R, group),
+    ):
+        if not fits:
+            raise ValueError(
+                f"model: expected {name} on a GPU, which is what its kernels take so far, got {got}"
+            )
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -177,7 +227,7 @@ def inspect_structure(model: nn.Module, beneath: str | None = None) -> Layout:
     name, base = _implementation(model, beneath)
     ranks = _ranks(model)
     seen = _probe.run(model, name, set(range(_n_layers(model))) - set(outside))
-    n_own_heads, head_dim = _sizes(seen)
+    n_own_heads, head_dim, dtype = _sizes(seen)
     rank, n_ranks = _head_ranks(model, n_own_heads, *ranks)
     # The outer config of a composite model hands its name on to parts that are none of ours.
     text = text_config(model)
@@ -193,6 +243,8 @@ def inspect_structure(model: nn.Module, beneath: str | None = None) -> Layout:
         outside=outside,
         terms=tuple(term for term in _TERMS if term in seen.terms),
         interface=seen.interface,
+        group=max(seen.groups),
+        dtype=dtype,
         rank=rank,
         n_ranks=n_ranks,
     )
@@ -333,8 +385,8 @@ def _implementation(model: nn.Module, beneath: str | None) -> tuple[str, str]:
     )
 
 
-def _sizes(seen: _probe.Seen) -> tuple[int, int]:
-    """Return KV heads and head dim, which must be those of all layers."""
+def _sizes(seen: _probe.Seen) -> tuple[int, int, torch.dtype]:
+    """Return KV heads, head dim and dtype, which must be those of all layers."""
     shapes = {(n_heads, head_dim, v_dim) for n_heads, head_dim, v_dim, _ in seen.shapes.values()}
     if len(shapes) > 1:
         got = ", ".join(
@@ -359,4 +411,4 @@ def _sizes(seen: _probe.Seen) -> tuple[int, int]:
             f"model: expected a head_dim that is a multiple of {_C.CHANNEL_STEP} up to "
             f"{_C.MAX_HEAD_DIM}, got {head_dim}"
         )
-    return n_kv_heads, head_dim
+    return n_kv_heads, head_dim, *dtypes

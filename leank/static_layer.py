@@ -45,7 +45,7 @@ class LeanKStaticLayer(LeanKLayer):
 
     def check_room(self, n_columns: int) -> None:
         """Require that so many columns more fit."""
-        total = self.get_seq_length() + n_columns
+        total = self.n_columns + n_columns
         if total > self.max_cache_len:
             raise ValueError(
                 f"max_cache_len: expected at least {total}, the columns that the cache holds and "

@@ -114,7 +114,7 @@ REFUSED = {
     "no CPU": (
         lambda: tiny().to("meta"),
         ValueError,
-        r"expected all weights on the CPU .* got \['meta'\]",
+        r"expected all weights on the CPU, or all on NVIDIA GPUs, got \['meta'\]",
     ),
     "head_dim": (
         lambda: tiny(head_dim=12),
