@@ -1,13 +1,13 @@
 """The CUDA kernels as torch operators, so that torch.compile can trace through them.
 
-Each names the buffers that it changes: the state (lengths), the bitmap of real columns, the
-workspace. Those that a graph may hold do not name the slab, in which pages and twins are: a graph
-made functional would give them a copy of it, while the tables hold addresses in the original, and
-the copy would replace what they wrote. They come in order because they change the state. Arguments
-were checked by leank.cuda.
+A graph knows a cache by two tensors: its table, whose address tells which it is, and its state
+(lengths), which is changed, so that steps come in order. The slab, in which pages and twins are, is
+no argument of what a graph may hold: a graph made functional would give it a copy, while the table
+holds addresses in the original, and the copy would replace what was written.
 """
 
 import functools
+import weakref
 
 import torch
 
@@ -16,9 +16,8 @@ from leank._cuda_built import device_info as _device_info
 
 _LIBRARY = torch.library.Library("leank", "DEF")
 _LIBRARY.define(
-    "attend(Tensor q, Tensor? k, Tensor? v, Tensor? valid, Tensor? sinks, Tensor slab, "
-    "Tensor(b!) state, Tensor(c!) real, Tensor table, Tensor geom, Tensor(d!) work, int[] limits, "
-    "float scale, float softcap, bool return_lse) -> (Tensor, Tensor)"
+    "attend(Tensor q, Tensor? k, Tensor? v, Tensor? valid, Tensor? sinks, Tensor table, "
+    "Tensor(a!) state, float scale, float softcap, bool return_lse) -> (Tensor, Tensor)"
 )
 # What a step asks about lengths is an operator of its own, since it must be known before `attend`
 # changes them: inductor computes what it can see through again where it is used, and later.
@@ -44,6 +43,13 @@ _LIBRARY.define(
     "int[] limits) -> ()"
 )
 ops = torch.ops.leank
+# The address of a cache's table: the cache, a leank.cuda.LayerCache.
+_caches: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+
+
+def register_cache(cache: object, table: torch.Tensor) -> None:
+    """Let `attend` find a cache by its table."""
+    _caches[table.data_ptr()] = cache
 
 
 @functools.cache
@@ -57,6 +63,11 @@ def workspace(device: int) -> torch.Tensor:
         max(_cuda.HEAD_DIMS), _cuda.MAX_R, _device_info(device)["n_blocks"]
     )
     return torch.zeros(n_bytes, dtype=torch.uint8, device=torch.device("cuda", device))
+
+
+def current_stream(device: int) -> int:
+    """Return torch's stream; what torch.cuda.current_stream makes around it takes time."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def make_layer(
@@ -104,53 +115,77 @@ def _head_count(geom: torch.Tensor, head_dim: int) -> int:
     return geom.numel() // (16 + head_dim)  # 4 numbers and D places of each head
 
 
-def _check_aligned(**tensors: torch.Tensor | None) -> None:
-    """Rows are copied 16 bytes at a time."""
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        strides = [x.stride(i) for i in range(2) if x.shape[i] > 1]
-        if x.data_ptr() % 16 or any(stride % 8 for stride in strides):
+def _rows(name: str, x: torch.Tensor | None) -> tuple[int | None, tuple[int, int]]:
+    """Address and strides of rows [i, j], which are copied 16 bytes at a time."""
+    if x is None:
+        return None, (0, 0)
+    address, strides = x.data_ptr(), x.stride()[:2]
+    if (address | 2 * strides[0] | 2 * strides[1]) % 16:
+        used = [n for n, size in zip(strides, x.shape, strict=False) if size > 1]
+        if address % 16 or any(n % 8 for n in used):
             raise ValueError(
                 f"{name}: expected rows that begin at multiples of 16 bytes, got strides "
-                f"{x.stride()} from address {x.data_ptr() % 16} modulo 16"
+                f"{x.stride()} from address {address % 16} modulo 16"
             )
+    return address, strides
 
 
-def _attend(
-    q, k, v, valid, sinks, slab, state, real, table, geom, work, limits, scale, softcap, return_lse
-):
-    _check_aligned(q=q, k=k, v=v)
-    n_rows, n_q_heads, _, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(
-        (n_rows, n_q_heads, 1) if return_lse else (0,), dtype=torch.float32, device=q.device
+def launch_attend(
+    layer: _cuda.Layer,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    work: torch.Tensor,
+    scale: float,
+    softcap: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend with arguments that were checked; returns out, and lse or None."""
+    (q_at, q_stride), (k_at, k_stride), (v_at, v_stride) = (
+        _rows(name, x) for name, x in (("q", q), ("k", k), ("v", v))
     )
-    n_heads = _head_count(geom, head_dim)
-    layer = make_layer((state, real, table, geom), limits, n_heads, head_dim, q.dtype)
-    info = _device_info(q.device.index)
-    with torch.cuda.device(q.device):
-        _cuda.attend(
-            layer,
-            q=q.data_ptr(),
-            q_stride=_stride(q, 2),
-            k=_pointer(k),
-            k_stride=_stride(k, 2),
-            v=_pointer(v),
-            v_stride=_stride(v, 2),
-            o=out.data_ptr(),
-            lse=lse.data_ptr() if return_lse else None,
-            valid=_pointer(valid),
-            sinks=_pointer(sinks),
-            n_q_heads=n_q_heads,
-            scale=scale,
-            softcap=softcap,
-            work=work.data_ptr(),
-            n_blocks=info["n_blocks"],
-            smem_bytes=info["smem_bytes"],
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    device = q.device
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return launch_attend(layer, q, k, v, valid, sinks, work, scale, softcap, return_lse)
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device) if return_lse else None
+    info = _device_info(device.index)
+    _cuda.attend(
+        layer,
+        q=q_at,
+        q_stride=q_stride,
+        k=k_at,
+        k_stride=k_stride,
+        v=v_at,
+        v_stride=v_stride,
+        o=out.data_ptr(),
+        lse=_pointer(lse),
+        valid=_pointer(valid),
+        sinks=_pointer(sinks),
+        n_q_heads=q.shape[1],
+        scale=scale,
+        softcap=softcap,
+        work=work.data_ptr(),
+        n_blocks=info["n_blocks"],
+        smem_bytes=info["smem_bytes"],
+        stream=current_stream(device.index),
+    )
     return out, lse
+
+
+def _attend(q, k, v, valid, sinks, table, state, scale, softcap, return_lse):
+    cache = _caches.get(table.data_ptr())
+    if cache is None:
+        raise RuntimeError(
+            "leank::attend: expected the table of a leank.cuda.LayerCache that is in use, got a "
+            "copy of one, or that of a cache that is gone"
+        )
+    # Of the argument: a graph that was made functional runs this on a copy, and copies it back.
+    out, lse = cache.step(q, k, v, valid, sinks, scale, softcap, return_lse, graph_state=state)
+    return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 def _columns(state):
@@ -186,7 +221,7 @@ def _append(k, v, valid, slab, state, real, table, geom, columns_before, limits)
             position=position.data_ptr(),
             n_columns=n_columns,
             columns_before=columns_before,
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=current_stream(k.device.index),
         )
 
 
@@ -194,7 +229,7 @@ def _crop(slab, state, real, table, geom, n_columns, limits):
     # Which channels are kept makes no difference to a crop, nor does their number or type.
     layer = make_layer((state, real, table, geom), limits, 1, 64, torch.bfloat16)
     with torch.cuda.device(state.device):
-        _cuda.crop(layer, n_columns, torch.cuda.current_stream().cuda_stream)
+        _cuda.crop(layer, n_columns, current_stream(state.device.index))
 
 
 def _gather(slab, state, real, table, geom, row, n_tokens, head_dim, dtype, limits):
@@ -203,7 +238,7 @@ def _gather(slab, state, real, table, geom, row, n_tokens, head_dim, dtype, limi
     k, v = (torch.empty(shape, dtype=dtype, device=slab.device) for _ in "kv")
     layer = make_layer((state, real, table, geom), limits, n_heads, head_dim, dtype)
     with torch.cuda.device(slab.device):
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = current_stream(slab.device.index)
         _cuda.gather(layer, row, n_tokens, k.data_ptr(), v.data_ptr(), stream)
     return k, v
 
@@ -217,7 +252,7 @@ def _copy_pages(
         for x, t in ((state, table), (from_state, from_table))
     )
     with torch.cuda.device(slab.device):
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = current_stream(slab.device.index)
         _cuda.copy_pages(to, source, pairs.data_ptr(), len(pairs), *n_bytes, stream)
 
 
@@ -246,9 +281,7 @@ def _step_columns_fake(mask, state, real, misfit):
 
 
 @torch.library.register_fake("leank::attend", lib=_LIBRARY)
-def _attend_fake(
-    q, k, v, valid, sinks, slab, state, real, table, geom, work, limits, scale, softcap, return_lse
-):
+def _attend_fake(q, k, v, valid, sinks, table, state, scale, softcap, return_lse):
     lse_shape = (q.shape[0], q.shape[1], 1) if return_lse else (0,)
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
         lse_shape, dtype=torch.float32

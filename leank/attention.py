@@ -43,8 +43,8 @@ def register() -> None:
 
 
 def _attention(base: str, module, query, key, value, attention_mask, *args, **kwargs):
-    forward = base_forward(base, module)
     if not isinstance(key, NewTokens):
+        forward = base_forward(base, module)
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
     _refuse(module, query, key, args, kwargs)
     sinks = kwargs.get("s_aux")
@@ -55,7 +55,7 @@ def _attention(base: str, module, query, key, value, attention_mask, *args, **kw
     }
 
     def dense(mask):
-        return forward(module, query, key.k, key.v, mask, **kwargs)[0]
+        return base_forward(base, module)(module, query, key.k, key.v, mask, **kwargs)[0]
 
     return _attend(query, key, attention_mask, terms, dense), None
 
@@ -171,7 +171,9 @@ def _refuse(module, query: torch.Tensor, tokens: NewTokens, args: tuple, kwargs:
             raise ValueError(f"{name}: expected None with a LeanKCache, got a value")
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise ValueError("is_causal: expected True with a LeanKCache, got False")
-    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+    # Layers share a config, which transformers makes slow to read.
+    config = module.config if tokens.index == tokens.cache.first_packed else None
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError(
             "output_attentions: expected False with a LeanKCache, which never forms the weights"
         )

@@ -130,6 +130,8 @@ class LeanKCache(Cache):
             elif type(layers[i]) in PRUNED:
                 layers[i] = LeanKStateLayer(keep, layers[i].number_of_states, **window)
         super().__init__(layers=layers)
+        indices = [i for i, layer in enumerate(layers) if isinstance(layer, LeanKLayer)]
+        self.first_packed, self.last_packed = indices[0], indices[-1]
         self.max_cache_len = max_cache_len
         # What compiled forwards on the CPU know of it.
         is_known = max_cache_len is not None and device == "cpu"
@@ -227,7 +229,7 @@ class LeanKCache(Cache):
             )
         self._moved = moved
         if self.max_cache_len is not None:
-            self.packed[0].check_room(n_columns)
+            self.layers[self.first_packed].check_room(n_columns)
         self._reached.clear()
 
     def go_on(self) -> None:
@@ -237,7 +239,7 @@ class LeanKCache(Cache):
     @property
     def n_columns(self) -> int:
         """Columns of the forwards that reached the last pruned layer."""
-        return self.packed[-1].n_columns
+        return self.layers[self.last_packed].n_columns
 
     def note_columns(self) -> None:
         """Let compiled forwards know how many columns there are."""

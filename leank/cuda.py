@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from leank import _C
-from leank._cuda_ops import _cuda, workspace
+from leank._cuda_ops import _cuda, launch_attend, make_layer, register_cache, workspace
 from leank._cuda_ops import ops as _ops
 
 __all__ = ["LayerCache", "decode"]
@@ -93,7 +93,7 @@ class LayerCache:
         self.sink, self.recent, self.slack, self.max_tokens = sink, recent, slack, max_tokens
         self._limits = [min(x, _MOST_TOKENS) for x in (sink, recent, slack, max_tokens)]
         self._reserve()
-        # Once a step was compiled or captured it may be replayed, which only the device counts.
+        # Once a step was captured it may be replayed, which only the device counts.
         self.may_be_replayed = False
         self.reset()
 
@@ -132,7 +132,9 @@ class LayerCache:
         self._real = torch.zeros(n_rows, self.max_tokens, dtype=torch.uint8, device=self.device)
         self._buffers = self.slab, self._state, self._real, self._table, self._geom
         self._work = workspace(self.device.index)
-        for x in (*self._buffers, self._work):
+        self._layer = self._layer_with(self._state)
+        register_cache(self, self._table)
+        for x in (self._state, self._real, self._table):
             # A graph that torch captures takes them where they are, instead of copying them.
             torch._dynamo.mark_static_address(x, guard=False)
 
@@ -149,7 +151,7 @@ class LayerCache:
 
     @property
     def n_columns(self) -> int:
-        """The same as an int. Waits for the device once a step was compiled or captured."""
+        """The same as an int. Waits for the device once a step was captured."""
         return int(self.columns) if self.may_be_replayed else self._columns
 
     @property
@@ -170,13 +172,13 @@ class LayerCache:
         return n0.where(n0 != _cuda.STATE_OPEN, -1)
 
     def check(self) -> None:
-        """Raise RuntimeError if a compiled or replayed step went past `max_tokens`.
+        """Raise RuntimeError if a replayed step went past `max_tokens`.
 
         Such a step stores nothing, and its output is 0. Waits for the device.
         """
         if int(self._state[_cuda.STATE_OVERFLOW]):
             raise RuntimeError(
-                f"cache: a compiled or replayed step went past max_tokens = {self.max_tokens}; "
+                f"cache: a replayed step went past max_tokens = {self.max_tokens}; "
                 "its tokens were not stored"
             )
 
@@ -321,6 +323,7 @@ class LayerCache:
             other = self._like(len(rows))
             other._copy_from(self, rows)
             self.__dict__.update(other.__dict__)
+            register_cache(self, self._table)
             return
         # The first to ask for a former row gets its pages, others those that nobody asked for.
         former, first, place = np.unique(rows, return_index=True, return_inverse=True)
@@ -393,7 +396,72 @@ class LayerCache:
         """Raise TypeError."""
         raise TypeError("leank.cuda.LayerCache cannot be pickled yet: its tables hold addresses")
 
+    # ---------------------------------------------------------------------------------------- steps
+
+    def _layer_with(self, state: torch.Tensor) -> _cuda.Layer:
+        buffers = state, self._real, self._table, self._geom
+        return make_layer(buffers, self._limits, self.n_heads, self.head_dim, self.dtype)
+
+    def step(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        return_lse: bool,
+        graph_state: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Check, count and launch what `decode` is asked for; returns out, and lse or None.
+
+        graph_state : int32 tensor, optional
+            A compiled graph runs this, and has the state there.
+        """
+        self._check_step(q, k, v, sinks)
+        if valid is not None:
+            valid = self._check_valid(valid, 1)
+        n_new = int(k is not None)
+        in_graph, layer = graph_state is not None, self._layer
+        if in_graph and graph_state.data_ptr() != self._state.data_ptr():
+            layer = self._layer_with(graph_state)
+        if torch.cuda.is_current_stream_capturing():
+            self.may_be_replayed = in_graph = True
+        # Only the device counts what is replayed: to ask it is to wait for it.
+        columns = 0 if in_graph and self.may_be_replayed else self._count(n_new) + n_new
+        out = launch_attend(layer, q, k, v, valid, sinks, self._work, scale, softcap, return_lse)
+        self._columns = columns
+        return out
+
     # --------------------------------------------------------------------------------------- checks
+
+    def _check_step(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        n_heads = self.n_heads
+        n_q_heads = q.shape[1] if q.dim() == 4 else 0
+        self._check_tensor(q, "q", (self.n_rows, n_q_heads, 1, self.head_dim))
+        if n_q_heads == 0 or n_q_heads % n_heads or n_q_heads // n_heads > _cuda.MAX_R:
+            raise ValueError(
+                f"q: expected a multiple of {n_heads} query heads, at most {_cuda.MAX_R} per KV "
+                f"head, got {n_q_heads}"
+            )
+        if k is not None:
+            shape = (self.n_rows, n_heads, 1, self.head_dim)
+            self._check_tensor(k, "k", shape)
+            self._check_tensor(v, "v", shape)
+        if sinks is not None:
+            fits = sinks.dtype == torch.float32 and tuple(sinks.shape) == (n_q_heads,)
+            if not (fits and sinks.device == self.device and sinks.is_contiguous()):
+                raise ValueError(
+                    f"sinks: expected contiguous float32 ({n_q_heads},) on {self.device}, "
+                    f"got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
+                )
 
     def _check_row_count(self, n_rows: int, name: str) -> None:
         if not 1 <= n_rows <= 65535 or n_rows * self.n_heads > _cuda.MAX_UNITS:
@@ -403,6 +471,13 @@ class LayerCache:
             )
 
     def _check_tensor(self, x: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
+        if (
+            x.shape == shape
+            and x.dtype == self.dtype
+            and x.device == self.device
+            and x.stride(-1) == 1
+        ):
+            return
         if x.dtype != self.dtype:
             raise TypeError(f"{name}: expected {self.dtype}, got {x.dtype}")
         if x.device != self.device:
@@ -471,9 +546,9 @@ def decode(
     Raises
     ------
     TypeError, ValueError
-        An argument does not fit, or the cache is full; the cache is as it was. A compiled or
-        replayed step does not know that the cache is full: see `LayerCache.check`. Rows need shared
-        memory: on an H100 up to about 11,000 of them fit.
+        An argument does not fit, or the cache is full; the cache is as it was. A replayed step does
+        not know that the cache is full: see `LayerCache.check`. Rows need shared memory: on an H100
+        up to about 11,000 of them fit.
     RuntimeError
         CUDA refused a launch.
 
@@ -483,52 +558,19 @@ def decode(
 
     Source: LeanK, arXiv 2508.02215, section 3; online softmax, Milakov 2018.
     """
-    n_rows, n_heads, head_dim = cache.n_rows, cache.n_heads, cache.head_dim
-    n_q_heads = q.shape[1] if q.dim() == 4 else 0
-    cache._check_tensor(q, "q", (n_rows, n_q_heads, 1, head_dim))
-    if n_q_heads == 0 or n_q_heads % n_heads or n_q_heads // n_heads > _cuda.MAX_R:
-        raise ValueError(
-            f"q: expected a multiple of {n_heads} query heads, at most {_cuda.MAX_R} per KV head, "
-            f"got {n_q_heads}"
-        )
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither")
     if k is None and valid is not None:
         raise ValueError("valid: expected None without k and v: the cache knows its columns")
-    if k is not None:
-        cache._check_tensor(k, "k", (n_rows, n_heads, 1, head_dim))
-        cache._check_tensor(v, "v", (n_rows, n_heads, 1, head_dim))
-    if valid is not None:
-        valid = cache._check_valid(valid, 1)
-    if sinks is not None:
-        fits = sinks.dtype == torch.float32 and tuple(sinks.shape) == (n_q_heads,)
-        if not (fits and sinks.device == cache.device and sinks.is_contiguous()):
-            raise ValueError(
-                f"sinks: expected contiguous float32 ({n_q_heads},) on {cache.device}, "
-                f"got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
-            )
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    scale = 1 / math.sqrt(cache.head_dim) if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected 0 or a positive finite number, got {softcap}")
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        cache.may_be_replayed = True
-        columns = 0  # is not used any more
+    if torch.compiler.is_compiling():
+        out, lse = _ops.attend(
+            q, k, v, valid, sinks, cache._table, cache._state, scale, softcap, return_lse
+        )
     else:
-        columns = cache._count(int(k is not None)) + int(k is not None)
-    out, lse = _ops.attend(
-        q,
-        k,
-        v,
-        valid,
-        sinks,
-        *cache._buffers,
-        cache._work,
-        cache._limits,
-        scale,
-        softcap,
-        return_lse,
-    )
-    cache._columns = columns
+        out, lse = cache.step(q, k, v, valid, sinks, scale, softcap, return_lse)
     return (out, lse) if return_lse else out

@@ -70,13 +70,14 @@ class LeanKCudaLayer(LeanKStaticLayer):
 
         The first pruned layer reads it from the mask before lengths change; the last forgets it.
         """
-        cache, packed = tokens.cache, tokens.cache.packed
-        if packed[0] is self:
+        cache = tokens.cache
+        if tokens.index == cache.first_packed:
             cache.columns = self.store.step_columns(mask, self.misfit)
         valid = cache.columns
-        if packed[-1] is self:
+        if tokens.index == cache.last_packed:
             cache.columns = None
-        return valid.to(self.store.device)
+        # A compiled model is on one GPU.
+        return valid if torch.compiler.is_compiling() else valid.to(self.store.device)
 
     def attend(
         self,

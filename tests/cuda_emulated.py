@@ -126,17 +126,18 @@ class Layer:
         return k, v
 
 
-def _attend(
-    q, k, v, valid, sinks, slab, state, real, table, geom, work, limits, scale, softcap, return_lse
-):
-    """As attend.cu."""
-    layer = Layer(state, real, table, geom, limits, q.shape[3], q.dtype)
+def _make_layer(tensors, limits, n_heads, head_dim, dtype):
+    return Layer(*tensors, limits, head_dim, dtype)
+
+
+def _launch_attend(layer, q, k, v, valid, sinks, work, scale, softcap, return_lse):
+    """As decode.cuh and combine.cu."""
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full((q.shape[0], q.shape[1], 1), -math.inf)
     column = int(layer.state[COLUMNS])
     if k is not None and column >= layer.max_tokens:
         layer.state[OVERFLOW] = 1
-        return out, lse if return_lse else lse.new_empty(0)
+        return out, lse if return_lse else None
     for b in range(layer.n_rows):
         is_token = valid is None or bool(valid[b, 0])
         if k is not None:
@@ -151,7 +152,7 @@ def _attend(
             layer.settle(b, p + 1)
     if k is not None:
         layer.state[COLUMNS] = column + 1
-    return out, lse if return_lse else lse.new_empty(0)
+    return out, lse if return_lse else None
 
 
 def _attend_row(layer, b, p, q, sinks, scale, softcap, out, lse):
@@ -216,7 +217,6 @@ def _copy_pages(
 
 
 _OPERATORS = {
-    "attend": _attend,
     "append": _append,
     "crop": _crop,
     "gather": _gather,
@@ -235,10 +235,13 @@ def emulated(monkeypatch):
     try:
         cuda = importlib.import_module("leank.cuda")
         layer = importlib.import_module("leank.cuda_layer").LeanKCudaLayer
-        for name, function in _OPERATORS.items():
+        attend = sys.modules["leank._cuda_ops"]._attend
+        for name, function in ({"attend": attend} | _OPERATORS).items():
             library.impl(name, _quietly(function), "CPU")
         with monkeypatch.context() as patches:
             patches.setattr(cuda, "_checked_device", torch.device)
+            patches.setattr(cuda, "make_layer", _make_layer)
+            patches.setattr(cuda, "launch_attend", _quietly(_launch_attend))
             patches.setattr(cuda, "workspace", lambda index: torch.zeros(8, dtype=torch.uint8))
             patches.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
             patches.setattr(layer, "device_type", "cpu")

@@ -33,7 +33,9 @@ from tests.bench import lib
 from tests.bench.bench_learn_scale import SHAPES
 
 CASES = ("16x32768x128", "52x4096x128", "1x4096x256", "1x32768x256")
-PEERS, OURS = ("dynamic", "static"), ("pages", "leank", "eager")
+PEERS, OURS = ("dynamic", "static"), ("eager", "pages", "leank")
+# Eager ones first: a compiler that was loaded makes Python slower.
+ORDER = ("dynamic", "eager", "static", "pages", "leank")
 # What generate() is told beyond the cache.
 OPTIONS = {
     "dynamic": {},
@@ -42,8 +44,9 @@ OPTIONS = {
     "leank": {},
     "eager": {"disable_compile": True},
 }
-# Of the largest first logit: how far two ways to compute it in bfloat16 may be apart.
-BOUND = 0.05
+# Norm of the difference of the first logits by that of the logits: how far two ways to compute them
+# in bfloat16 may be apart. On an H100 the static cache is 0.049 from the dynamic one.
+BOUND = 0.1
 
 
 class Mark(LogitsProcessor):
@@ -197,11 +200,11 @@ def clear(model) -> None:
 
 def check(name: str, logits: torch.Tensor, dense: torch.Tensor) -> None:
     """Compare the first logits of a cache that keeps everything with those of a dense one."""
-    error = ((logits - dense).abs().max() / dense.abs().max()).item()
+    error = ((logits - dense).norm() / dense.norm()).item()
     # Written so that NaN fails.
     if not error <= BOUND:
         raise SystemExit(
-            f"{name}: WRONG RESULT: first logits are off by {error:.1e} of the largest"
+            f"{name}: WRONG RESULT: the first logits are off by {error:.1e} of their norm"
         )
 
 
@@ -231,8 +234,9 @@ def run_case(text: str, model, args, masks) -> dict:
             continue
         results[name], logits[name] = measured
         print(f"{name:8} {describe(results[name], case[0])}", flush=True)
-    if {"dynamic", "pages"} <= logits.keys():
-        check("pages", logits["pages"], logits["dynamic"])
+    for name in ("static", "pages"):
+        if {"dynamic", name} <= logits.keys():
+            check(name, logits[name], logits["dynamic"])
     times = {name: result["ms"] for name, result in results.items() if "ms" in result}
     peers = {name: times[name] for name in PEERS if name in times}
     if "leank" in times:
@@ -257,7 +261,7 @@ def main() -> None:
     """Draw, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="BxLxN")
-    parser.add_argument("--contenders", nargs="+", default=PEERS + OURS, choices=PEERS + OURS)
+    parser.add_argument("--contenders", nargs="+", default=ORDER, choices=ORDER)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", action="store_true", help="read the prompt, do not fill caches")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
