@@ -1,9 +1,9 @@
 """The CUDA kernels as torch operators, so that torch.compile can trace through them.
 
-A graph knows a cache by two tensors: its table, whose address tells which it is, and its state
-(lengths), which is changed, so that steps come in order. The slab, in which pages and twins are, is
-no argument of what a graph may hold: a graph made functional would give it a copy, while the table
-holds addresses in the original, and the copy would replace what was written.
+A graph knows a cache by two tensors: its memory, of which the address tells which cache it is, and
+its state (lengths). Only the state is named as changed, so that steps come in order: a graph made
+functional would give an operator that changes pages a copy of them, while the table holds addresses
+in the original, and the copy would replace what was written.
 """
 
 import functools
@@ -16,14 +16,15 @@ from leank._cuda_built import device_info as _device_info
 
 _LIBRARY = torch.library.Library("leank", "DEF")
 _LIBRARY.define(
-    "attend(Tensor q, Tensor? k, Tensor? v, Tensor? valid, Tensor? sinks, Tensor table, "
-    "Tensor(a!) state, float scale, float softcap, bool return_lse) -> (Tensor, Tensor)"
+    "attend(Tensor q, Tensor? k, Tensor? v, Tensor? valid, Tensor? sinks, Tensor memory, "
+    "Tensor(a!) state, int[] limits, float scale, float softcap, bool return_lse) "
+    "-> (Tensor, Tensor)"
 )
 # What a step asks about lengths is an operator of its own, since it must be known before `attend`
 # changes them: inductor computes what it can see through again where it is used, and later.
 _LIBRARY.define("columns(Tensor state) -> Tensor")
 _LIBRARY.define(
-    "step_columns(Tensor? mask, Tensor state, Tensor real, Tensor(a!) misfit) -> Tensor"
+    "step_columns(Tensor? mask, Tensor memory, Tensor state, Tensor(a!) misfit) -> Tensor"
 )
 _LIBRARY.define(
     "append(Tensor k, Tensor v, Tensor? valid, Tensor slab, Tensor(b!) state, "
@@ -43,13 +44,23 @@ _LIBRARY.define(
     "int[] limits) -> ()"
 )
 ops = torch.ops.leank
-# The address of a cache's table: the cache, a leank.cuda.LayerCache.
+# By the address of its memory: the leank.cuda.LayerCache.
 _caches: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
 
 
-def register_cache(cache: object, table: torch.Tensor) -> None:
-    """Let `attend` find a cache by its table."""
-    _caches[table.data_ptr()] = cache
+def register_cache(cache: object, memory: torch.Tensor) -> None:
+    """Let operators find a cache by its memory."""
+    _caches[memory.data_ptr()] = cache
+
+
+def _find_cache(memory: torch.Tensor) -> object:
+    cache = _caches.get(memory.data_ptr())
+    if cache is None:
+        raise RuntimeError(
+            "leank: expected the memory of a leank.cuda.LayerCache that is in use, got a copy of "
+            "one, or that of a cache that is gone"
+        )
+    return cache
 
 
 @functools.cache
@@ -176,13 +187,8 @@ def launch_attend(
     return out, lse
 
 
-def _attend(q, k, v, valid, sinks, table, state, scale, softcap, return_lse):
-    cache = _caches.get(table.data_ptr())
-    if cache is None:
-        raise RuntimeError(
-            "leank::attend: expected the table of a leank.cuda.LayerCache that is in use, got a "
-            "copy of one, or that of a cache that is gone"
-        )
+def _attend(q, k, v, valid, sinks, memory, state, limits, scale, softcap, return_lse):
+    cache = _find_cache(memory)
     # Of the argument: a graph that was made functional runs this on a copy, and copies it back.
     out, lse = cache.step(q, k, v, valid, sinks, scale, softcap, return_lse, graph_state=state)
     return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
@@ -192,7 +198,8 @@ def _columns(state):
     return state[_cuda.STATE_COLUMNS].long()
 
 
-def _step_columns(mask, state, real, misfit):
+def _step_columns(mask, memory, state, misfit):
+    real = _find_cache(memory)._real
     n_rows, room = real.shape
     now, column = _columns(state), torch.arange(room, device=real.device)
     if mask is None:
@@ -276,12 +283,13 @@ def _columns_fake(state):
 
 
 @torch.library.register_fake("leank::step_columns", lib=_LIBRARY)
-def _step_columns_fake(mask, state, real, misfit):
-    return real.new_empty((real.shape[0], 1), dtype=torch.bool)
+def _step_columns_fake(mask, memory, state, misfit):
+    n_rows = (state.numel() - _cuda.STATE_HEADER) // 3
+    return state.new_empty((n_rows, 1), dtype=torch.bool)
 
 
 @torch.library.register_fake("leank::attend", lib=_LIBRARY)
-def _attend_fake(q, k, v, valid, sinks, table, state, scale, softcap, return_lse):
+def _attend_fake(q, k, v, valid, sinks, memory, state, limits, scale, softcap, return_lse):
     lse_shape = (q.shape[0], q.shape[1], 1) if return_lse else (0,)
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
         lse_shape, dtype=torch.float32

@@ -93,7 +93,7 @@ class LayerCache:
         self.sink, self.recent, self.slack, self.max_tokens = sink, recent, slack, max_tokens
         self._limits = [min(x, _MOST_TOKENS) for x in (sink, recent, slack, max_tokens)]
         self._reserve()
-        # Once a step was captured it may be replayed, which only the device counts.
+        # Once a step was compiled or captured it may be replayed, which only the device counts.
         self.may_be_replayed = False
         self.reset()
 
@@ -110,8 +110,22 @@ class LayerCache:
         n_twins = memory["n_twins"] // n_rows
         n_bytes = memory["n_pages"] * page_bytes + memory["n_twins"] * twin_bytes
         assert n_bytes == memory["total_bytes"], (n_bytes, memory)
+        # All but the state is one allocation: its address and sizes tell a graph all addresses.
+        sizes = (
+            n_bytes,
+            2 * n_rows * n_pages * 8,  # where each page and its twin are
+            len(geom),
+            n_rows * self.max_tokens,  # 1 where a column is a token, anything where none is stored
+        )
+        starts = np.cumsum([0, *(-(-size // 256) * 256 for size in sizes)])
         # Zeros, so that a kernel that reads a whole page reads nothing that was never written.
-        self.slab = torch.zeros(n_bytes, dtype=torch.uint8, device=self.device)
+        self._allocation = torch.zeros(int(starts[-1]), dtype=torch.uint8, device=self.device)
+        self.slab, table, self._geom, real = (
+            self._allocation[start : start + size]
+            for start, size in zip(starts[:-1], sizes, strict=True)
+        )
+        self._table = table.view(torch.int64).view(2, n_rows, n_pages)
+        self._real = real.view(n_rows, self.max_tokens)
         page = self.slab.data_ptr() + np.arange(n_rows * n_pages).reshape(n_rows, -1) * page_bytes
         twin = np.zeros_like(page)
         if n_twins:
@@ -122,19 +136,16 @@ class LayerCache:
             slot = np.where(i < n_sink, i, n_sink + (i - n_sink) % ring)
             first = self.slab.data_ptr() + n_rows * n_pages * page_bytes
             twin = first + (np.arange(n_rows)[:, None] * n_twins + slot) * twin_bytes
-        tables = np.stack([page, twin]).astype(np.int64)
-        self._table = torch.from_numpy(tables).to(self.device)
-        self._geom = torch.frombuffer(bytearray(geom), dtype=torch.uint8).to(self.device)
+        self._table.copy_(torch.from_numpy(np.stack([page, twin]).astype(np.int64)))
+        self._geom.copy_(torch.frombuffer(bytearray(geom), dtype=torch.uint8))
         self._state = torch.zeros(
             _cuda.STATE_HEADER + 3 * n_rows, dtype=torch.int32, device=self.device
         )
-        # 1 where a column is a token of the row; anything beyond the columns that are stored.
-        self._real = torch.zeros(n_rows, self.max_tokens, dtype=torch.uint8, device=self.device)
         self._buffers = self.slab, self._state, self._real, self._table, self._geom
         self._work = workspace(self.device.index)
         self._layer = self._layer_with(self._state)
-        register_cache(self, self._table)
-        for x in (self._state, self._real, self._table):
+        register_cache(self, self._allocation)
+        for x in (self._allocation, self._state):
             # A graph that torch captures takes them where they are, instead of copying them.
             torch._dynamo.mark_static_address(x, guard=False)
 
@@ -151,7 +162,7 @@ class LayerCache:
 
     @property
     def n_columns(self) -> int:
-        """The same as an int. Waits for the device once a step was captured."""
+        """The same as an int. Waits for the device once a step was compiled or captured."""
         return int(self.columns) if self.may_be_replayed else self._columns
 
     @property
@@ -172,13 +183,13 @@ class LayerCache:
         return n0.where(n0 != _cuda.STATE_OPEN, -1)
 
     def check(self) -> None:
-        """Raise RuntimeError if a replayed step went past `max_tokens`.
+        """Raise RuntimeError if a compiled or replayed step went past `max_tokens`.
 
         Such a step stores nothing, and its output is 0. Waits for the device.
         """
         if int(self._state[_cuda.STATE_OVERFLOW]):
             raise RuntimeError(
-                f"cache: a replayed step went past max_tokens = {self.max_tokens}; "
+                f"cache: a compiled or replayed step went past max_tokens = {self.max_tokens}; "
                 "its tokens were not stored"
             )
 
@@ -215,7 +226,7 @@ class LayerCache:
                     f"attention_mask: expected {shape}, the same for all heads, "
                     f"got {tuple(mask.shape)}"
                 )
-        return _ops.step_columns(mask, self._state, self._real, misfit)
+        return _ops.step_columns(mask, self._allocation, self._state, misfit)
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of pages and twins, as ``leank.LayerCache.memory``."""
@@ -323,7 +334,7 @@ class LayerCache:
             other = self._like(len(rows))
             other._copy_from(self, rows)
             self.__dict__.update(other.__dict__)
-            register_cache(self, self._table)
+            register_cache(self, self._allocation)
             return
         # The first to ask for a former row gets its pages, others those that nobody asked for.
         former, first, place = np.unique(rows, return_index=True, return_inverse=True)
@@ -428,7 +439,7 @@ class LayerCache:
             layer = self._layer_with(graph_state)
         if torch.cuda.is_current_stream_capturing():
             self.may_be_replayed = in_graph = True
-        # Only the device counts what is replayed: to ask it is to wait for it.
+        # The device counts by itself; to ask it is to wait for it.
         columns = 0 if in_graph and self.may_be_replayed else self._count(n_new) + n_new
         out = launch_attend(layer, q, k, v, valid, sinks, self._work, scale, softcap, return_lse)
         self._columns = columns
@@ -546,9 +557,9 @@ def decode(
     Raises
     ------
     TypeError, ValueError
-        An argument does not fit, or the cache is full; the cache is as it was. A replayed step does
-        not know that the cache is full: see `LayerCache.check`. Rows need shared memory: on an H100
-        up to about 11,000 of them fit.
+        An argument does not fit, or the cache is full; the cache is as it was. A compiled or
+        replayed step does not know that the cache is full: see `LayerCache.check`. Rows need shared
+        memory: on an H100 up to about 11,000 of them fit.
     RuntimeError
         CUDA refused a launch.
 
@@ -568,8 +579,19 @@ def decode(
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected 0 or a positive finite number, got {softcap}")
     if torch.compiler.is_compiling():
+        cache.may_be_replayed = True
         out, lse = _ops.attend(
-            q, k, v, valid, sinks, cache._table, cache._state, scale, softcap, return_lse
+            q,
+            k,
+            v,
+            valid,
+            sinks,
+            cache._allocation,
+            cache._state,
+            cache._limits,
+            scale,
+            softcap,
+            return_lse,
         )
     else:
         out, lse = cache.step(q, k, v, valid, sinks, scale, softcap, return_lse)
