@@ -1,8 +1,8 @@
 """Decode of generate() on a GPU: an 8B-shaped model with random weights, against dense caches.
 
-python -m tests.bench.bench_generate
-python -m tests.bench.bench_generate --cases 16x32768x128 --rounds 5
-python -m tests.bench.bench_generate --cases 1x4096x256 --prompt
+python -m leank.bench.generate
+python -m leank.bench.generate --cases 16x32768x128 --rounds 5
+python -m leank.bench.generate --cases 1x4096x256 --prompt
 
 A case is rows x prompt x new tokens. Caches are filled with random K and V, since speed does not
 depend on them and a dense model may have no room to read such a prompt; then generate() goes on
