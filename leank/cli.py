@@ -93,9 +93,11 @@ def demo(
         from leank.demo import DemoError, Options, run
         from leank.demo_report import as_predicted, print_report
     except ImportError as error:
-        if error.name not in ("torch", "transformers"):
+        # transformers does not start without huggingface_hub.
+        package = (error.name or "").partition(".")[0]
+        if package not in ("torch", "transformers", "huggingface_hub"):
             raise
-        typer.echo(f"leank demo: needs {error.name}: pip install 'leank[hf]'", err=True)
+        typer.echo(f"leank demo: needs {package}: pip install 'leank[hf]'", err=True)
         raise typer.Exit(2) from error
     options = Options(
         model=model,

@@ -119,7 +119,7 @@ def _text_and_question(options: Options) -> tuple[str, str]:
 def _mask(options: Options) -> leank.ChannelMask:
     try:
         mask = leank.load_mask(options.mask or _MASK)
-    except leank.MaskFileError as error:
+    except (leank.MaskFileError, ModuleNotFoundError) as error:
         raise DemoError(f"mask: {error}") from error
     except OSError as error:
         raise DemoError(f"mask: {options.mask}: {reason(error)}") from error

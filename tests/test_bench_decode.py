@@ -145,6 +145,16 @@ def test_without_torch_it_says_so():
     assert "--per-layer" in run_without("torch", "--help").stdout
 
 
+def test_without_huggingface_hub_it_says_so():
+    """Printed a traceback."""
+    done = run_without("huggingface_hub", "--mask", "org/name", "--q-heads", "4")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "leank bench decode: mask: a mask from the Hugging Face Hub needs huggingface_hub: "
+        "pip install 'leank[hub]'\n"
+    )
+
+
 def test_built_without_cuda_it_says_so():
     pytest.importorskip("torch")
     done = run_without("leank._cuda")

@@ -258,6 +258,15 @@ def test_help_does_not_need_torch():
     assert run.stderr == "leank demo: needs torch: pip install 'leank[hf]'\n"
 
 
+def test_without_huggingface_hub_it_says_so():
+    """Printed a traceback, since transformers does not start either."""
+    code = "import sys; sys.modules['huggingface_hub'] = None; from leank.__main__ import main; "
+    words = [sys.executable, "-c", code + "main()", "demo", "--mask", "org/name"]
+    run = subprocess.run(words, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "leank demo: needs huggingface_hub: pip install 'leank[hf]'\n"
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_its_extra_the_command_says_so(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from leank.__main__ import main; "

@@ -117,7 +117,7 @@ def _work_of_mask(options: Options, shapes: tuple[Shape, ...]) -> Work:
     path = options.mask
     try:
         keep = leank.load_mask(path).keep
-    except leank.MaskFileError as error:
+    except (leank.MaskFileError, ModuleNotFoundError) as error:
         raise BenchError(f"mask: {error}") from error
     except OSError as error:
         raise BenchError(f"mask: {path}: {error.strerror or error}") from error
