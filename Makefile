@@ -103,7 +103,7 @@ dist-smoke: build
 	PYTHON=$(BIN)/python tests/dist_smoke.sh build/dist-smoke
 
 bench: build
-	$(BIN)/python -m tests.bench.bench_decode $(BENCH_ARGS)
+	$(BIN)/leank bench decode $(BENCH_ARGS)
 
 # What is too slow for every change: CONTRIBUTING.md records its runs.
 long: build model

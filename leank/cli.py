@@ -5,24 +5,21 @@ from __future__ import annotations
 import enum
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from leank.cli_bench import app as bench
 from leank.cli_eval import evaluate
 from leank.cli_inspect import MASK, info, inspect
 from leank.cli_learn import learn
-
-if TYPE_CHECKING:
-    from leank.bench.work import Options, Work
 
 app = typer.Typer(
     name="leank", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
 
-bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure LeanK on this machine.")
 app.add_typer(bench)
 app.command()(learn)
 app.command("eval")(evaluate)
@@ -36,21 +33,6 @@ class DType(enum.StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-class HalfType(enum.StrEnum):
-    """Element types of the CUDA kernels."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class ProfileName(enum.StrEnum):
-    """Profiles of ``leank.bench.profiles``, and all of them."""
-
-    llama = "llama-3.1-8b"
-    qwen = "qwen-2.5-7b"
-    all = "all"
 
 
 @app.callback()
@@ -162,94 +144,3 @@ def masks(
         print_masks(lines, Console())
     else:
         print_mask(lines[0], Console())
-
-
-@bench.command("decode")
-def bench_decode(
-    profile: Annotated[
-        ProfileName | None,
-        typer.Option(help="Mask widths that are in the package; default: all.", show_default=False),
-    ] = None,
-    mask: Annotated[
-        str | None, typer.Option(metavar="MASK", help=f"{MASK}, instead of a profile.")
-    ] = None,
-    q_heads: Annotated[int | None, typer.Option(help="Query heads of the mask's model.")] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="Only so many layers, evenly spaced; default: all.")
-    ] = None,
-    shapes: Annotated[
-        list[str] | None,
-        typer.Option(metavar="BxL,...", help="Only these, as 8x8192,1x4096; default: the table."),
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="Replays that a median is of.")] = 15,
-    sink: Annotated[int, typer.Option(help="First tokens to keep whole.")] = 128,
-    recent: Annotated[int, typer.Option(help="Last tokens to keep whole.")] = 896,
-    dtype: Annotated[HalfType, typer.Option(help="Type of K and V.")] = HalfType.bfloat16,
-    seed: Annotated[int, typer.Option(help="Of the values and channels.")] = 0,
-    per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Time each layer alone, instead of the table.")
-    ] = False,
-    append: Annotated[
-        bool, typer.Option("--append", help="Time what storing the new token adds, instead.")
-    ] = False,
-    mixed: Annotated[
-        bool,
-        typer.Option("--mixed", help="Time heads of different widths against equal ones, instead."),
-    ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers to it.")
-    ] = None,
-) -> None:
-    """Time decode of one token per row on a GPU against dense attention of other libraries.
-
-    Results are checked first. Prints time, gain over the best dense peer and bytes per second.
-    """
-    from leank.bench.work import BenchError, Options, WrongResultError, plan
-
-    options = Options(
-        profile=None if profile is None else profile.value,
-        mask=mask,
-        q_heads=q_heads,
-        layers=layers,
-        shapes=tuple(text.strip() for option in shapes or () for text in option.split(",")),
-        rounds=rounds,
-        sink=sink,
-        recent=recent,
-        dtype=dtype.value,
-        seed=seed,
-        per_layer=per_layer,
-        append=append,
-        mixed=mixed,
-    )
-    try:
-        _run_bench_decode(options, plan(options), json_file)
-    except BenchError as error:
-        typer.echo(f"leank bench decode: {error}", err=True)
-        raise typer.Exit(2) from error
-    except WrongResultError as error:
-        typer.echo(f"leank bench decode: WRONG RESULT: {error}", err=True)
-        raise typer.Exit(1) from error
-
-
-def _run_bench_decode(options: Options, works: list[Work], json_file: Path | None) -> None:
-    from leank.bench.work import BenchError, as_json
-
-    try:
-        # When the options are known to be right: torch takes seconds.
-        from leank.bench.decode import run
-        from leank.bench.report import print_report
-    except ImportError as error:
-        if error.name == "torch":
-            raise BenchError("needs torch: pip install 'leank[hf]'") from error
-        if error.name == "leank._cuda":
-            raise BenchError(str(error)) from error
-        raise
-    for result in run(options, works, Console(stderr=True)):
-        if json_file is None:
-            continue
-        # After each step, since the whole takes minutes.
-        try:
-            json_file.write_text(json.dumps(as_json(result), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BenchError(f"json: {json_file}: {error.strerror or error}") from error
-    print_report(result, Console(), peers=json_file is None)

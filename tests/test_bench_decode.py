@@ -13,20 +13,18 @@ import pytest
 
 from leank import ChannelMask
 from leank.bench import profiles, work
-from leank.bench.work import (
-    AppendLine,
-    BenchError,
+from leank.bench.lines import (
     LayerLine,
     Line,
     MixedLine,
-    Options,
     Refusal,
     Result,
     Shape,
     Table,
+    Timing,
     as_json,
-    plan,
 )
+from leank.bench.work import BenchError, Options, parse_shape, plan
 
 from .conftest import random_keep
 from .reference import attend
@@ -37,7 +35,7 @@ from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from leank.bench.report import print_report  # noqa: E402
-from leank.cli import ProfileName, app  # noqa: E402
+from leank.cli import app  # noqa: E402
 
 
 def bench(*words):
@@ -57,7 +55,7 @@ def mask_file(tmp_path):
 
 
 def test_the_default_is_the_whole_table():
-    llama, qwen = plan(Options())
+    llama, qwen = plan(Options(device="cuda"))
     assert (llama.name, llama.n_q_heads, llama.keep.shape) == ("llama-3.1-8b", 32, (32, 8, 128))
     assert (qwen.name, qwen.n_q_heads, qwen.keep.shape) == ("qwen-2.5-7b", 28, (28, 4, 128))
     assert " ".join(map(str, llama.shapes)) == (
@@ -66,8 +64,15 @@ def test_the_default_is_the_whole_table():
     assert qwen.shapes == (Shape(16, 32768),)
 
 
+def test_the_default_of_a_cpu_is_small():
+    (llama,) = plan(Options())
+    assert (llama.name, len(llama.keep)) == ("llama-3.1-8b", 4)
+    assert " ".join(map(str, llama.shapes)) == "1x4096 1x32768"
+
+
 def test_profiles_and_shapes_can_be_chosen():
-    assert [name.value for name in ProfileName] == [*profiles.load_profiles(), "all"]
+    help = " ".join(bench("--help").stdout.replace("│", " ").split())
+    assert f"{', '.join(profiles.load_profiles())}, all" in help
     (work,) = plan(Options(profile="qwen-2.5-7b", shapes=("2x70", "1x9")))
     assert (work.name, work.shapes) == ("qwen-2.5-7b", (Shape(2, 70), Shape(1, 9)))
     assert len(plan(Options(profile="all"))) == 2
@@ -75,14 +80,14 @@ def test_profiles_and_shapes_can_be_chosen():
 
 @pytest.mark.parametrize("n, chosen", [(8, range(0, 32, 4)), (3, (0, 10, 21)), (32, range(32))])
 def test_layers_are_evenly_spaced(n, chosen):
-    whole, some = (plan(Options(profile="llama-3.1-8b", layers=x))[0].keep for x in (None, n))
+    whole, some = (plan(Options("cuda", "llama-3.1-8b", layers=x))[0].keep for x in (None, n))
     np.testing.assert_array_equal(some, whole[list(chosen)])
 
 
 def test_a_mask_file_instead_of_a_profile(mask_file):
     (work,) = plan(Options(mask=mask_file, q_heads=12, layers=2))
     assert (work.name, work.n_q_heads, work.n_heads, work.head_dim) == (mask_file.name, 12, 4, 64)
-    assert len(work.keep) == 2 and len(work.shapes) == 7
+    assert len(work.keep) == 2 and len(work.shapes) == 2
 
 
 @pytest.mark.parametrize(
@@ -94,6 +99,13 @@ def test_a_mask_file_instead_of_a_profile(mask_file):
         (["--layers", "0"], "layers: expected at least 1, got 0"),
         (["--q-heads", "0"], "q-heads: expected at least 1, got 0"),
         (["--rounds", "0"], "rounds: expected at least 1, got 0"),
+        (["--threads", "0"], "threads: expected at least 1, got 0"),
+        (["--per-layer"], "per-layer: expected --device cuda, got cpu"),
+        (["--mixed"], "mixed: expected --device cuda, got cpu"),
+        (
+            ["--device", "cuda", "--dtype", "float32"],
+            "dtype: expected one of bfloat16, float16 on a GPU, got float32",
+        ),
         (["--sink", "-1"], "sink: expected at least 0, got -1"),
         (["--recent", "0"], "recent: expected at least 1, got 0"),
         (["--seed", "-1"], "seed: expected at least 0, got -1"),
@@ -122,7 +134,7 @@ def test_mistakes_are_one_line(words, message, mask_file):
     assert re.match(f"leank bench decode: {message}", line), line
 
 
-@pytest.mark.parametrize("option, value", [("profile", "llama"), ("dtype", "float32")])
+@pytest.mark.parametrize("option, value", [("profile", "llama"), ("dtype", "int8")])
 def test_names_that_there_are_not(option, value):
     result = bench(f"--{option}", value)
     assert result.exit_code == 2 and result.stdout == ""
@@ -157,7 +169,7 @@ def test_without_huggingface_hub_it_says_so():
 
 def test_built_without_cuda_it_says_so():
     pytest.importorskip("torch")
-    done = run_without("leank._cuda")
+    done = run_without("leank._cuda", "--device", "cuda")
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("leank bench decode: leank was built without CUDA: install it where")
@@ -167,7 +179,7 @@ def test_without_a_gpu_it_says_so(monkeypatch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("leank.cuda", reason="leank was built without CUDA")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = bench()
+    result = bench("--device", "cuda")
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr == (
         f"leank bench decode: needs an NVIDIA GPU; torch {torch.__version__} finds none\n"
@@ -189,31 +201,43 @@ def work_of(keep, n_q_heads, *shapes):
 def test_what_the_kernels_do_not_take(head_dim, n_q_heads, n_rows, message):
     pytest.importorskip("torch")
     pytest.importorskip("leank.cuda", reason="leank was built without CUDA")
-    from leank.bench.decode import _check_limits
+    from leank.bench.decode_cuda import check_limits
 
     work = work_of(np.ones((1, 2, head_dim), bool), n_q_heads, Shape(n_rows, 9))
     with pytest.raises(BenchError, match=message):
-        _check_limits(work, Options())
-    _check_limits(work_of(np.ones((1, 2, 64), bool), 32, Shape(65_535, 9)), Options(mixed=True))
+        check_limits(work, Options())
+    check_limits(work_of(np.ones((1, 2, 64), bool), 32, Shape(65_535, 9)), Options(mixed=True))
 
 
 # ----------------------------------------------------------------------------------- what it prints
 
 
+def line_of(shape, us, needed, dense, **dense_us):
+    return Line(
+        shape=shape,
+        us=Timing(us, us * 0.9, us * 1.25),
+        needed_bytes=needed,
+        dense_us={name: Timing(x, x, x) for name, x in dense_us.items()},
+        dense_bytes=dense,
+        peak_gb_s=4400.0,
+    )
+
+
 def fake_result():
     big, small = Shape(64, 32768), Shape(1, 1024)
     lines = [
-        Line(big, 1128.04, 4.84e9, 8.59e9, {"cudnn": 1910.0, "flash": 2000.0}),
-        Line(small, 15.2, 4.19e6, 4.19e6, {}),
+        line_of(big, 1128.04, 4.84e9, 8.59e9, cudnn=1910.0, flash=2000.0),
+        line_of(small, 15.2, 4.19e6, 4.19e6),
         LayerLine(small, 3, 14.0, 4_194_304, 0.5),
-        AppendLine(small, 15.3, 15.0),
         MixedLine(big, (8, 24, 40, 56), 102.0, 100.0),
     ]
-    table = Table("llama-3.1-8b", 32, 32, 8, 128, error=3.2e-3, bound=1.6e-2, lines=lines)
+    about = "32 layers, Hq/Hkv 32/8, D 128"
+    table = Table("llama-3.1-8b", about, 1.6e-2, "of its head's largest output", 3.2e-3, lines)
     for shape in (big, small):
         table.refusals.append(Refusal("flashinfer", shape, "not installed"))
     table.refusals.append(Refusal("cudnn", small, "No available kernel."))
-    return Result({"GPU": "a GPU", "driver": "1.2.3", "rounds": 15}, [table])
+    facts = {"GPU": "a GPU", "driver": "1.2.3", "dtype": "bfloat16"}
+    return Result(facts, "Times are medians of 15 replays.", [table])
 
 
 def printed(result, width=80, peers=True):
@@ -231,15 +255,16 @@ def cells(text, first):
 
 def test_the_printed_tables():
     text = printed(fake_result())
-    gain, peers, mixed = cells(text, "64x32768")
-    assert gain == ["64x32768", "1.77", "1,128.0", "1,910.0", "cudnn", "1.69", "4.29"]
-    assert peers == ["64x32768", "1,910.0", "2,000.0"]
-    assert mixed == ["64x32768", "8 to 56", "102.0", "100.0", "1.020"]
-    gain, peers, layer, append = cells(text, "1x1024")
-    assert gain == ["1x1024", "1.00", "15.2", "-", "-", "-", "0.28"]
-    assert peers == ["1x1024", "-", "-"]
-    assert layer == ["1x1024", "3", "4.19", "14.0", "0.30", "0.50", "60%"]
-    assert append == ["1x1024", "15.0", "15.3", "2.0%"]
+    rate, gain, peers, mixed = cells(text, "64x32768")
+    assert rate[1:] == ["1,128.0", "-10% +25%", "4,840.00", "4,290.6", "98%", "1,100.0"]
+    assert gain[1:] == ["1.77", "1.69x", "cudnn", "1,910.0", "+0% +0%", "4,497.4"]
+    assert peers[1:] == ["1,910.0", "2,000.0"]
+    assert mixed[1:] == ["8 to 56", "102.0", "100.0", "1.020"]
+    rate, gain, peers, layer = cells(text, "1x1024")
+    assert rate[1:] == ["15.2", "-10% +25%", "4.19", "275.7", "6%", "1.0"]
+    assert gain[1:] == ["1.00", "-", "-", "-", "-", "-"]
+    assert peers[1:] == ["-", "-"]
+    assert layer[1:] == ["3", "4.19", "14.0", "0.30", "0.50", "60%"]
     words = " ".join(text.split())
     for said in (
         "GPU a GPU",
@@ -253,7 +278,7 @@ def test_the_printed_tables():
 
 
 def test_only_the_best_peer_is_printed_beside_a_json_file():
-    assert len(cells(printed(fake_result(), peers=False), "64x32768")) == 2
+    assert len(cells(printed(fake_result(), peers=False), "64x32768")) == 3
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -267,13 +292,14 @@ def test_json_holds_all_numbers():
     (table,) = json.loads(json.dumps(as_json(fake_result())))["tables"]
     first = table["lines"][0]
     assert first["kind"] == "Line" and first["shape"] == {"B": 64, "L": 32768}
-    assert first["dense_us"] == {"cudnn": 1910.0, "flash": 2000.0} and first["best"] == "cudnn"
+    assert first["us"] == {"median": 1128.04, "low": 1128.04 * 0.9, "high": 1128.04 * 1.25}
+    assert first["dense_us"]["flash"]["median"] == 2000.0 and first["best"] == "cudnn"
     assert first["gain"] == pytest.approx(1910 / 1128.04)
+    assert first["bound_us"] == pytest.approx(1100)
     assert table["lines"][1]["best"] is None and table["lines"][1]["gain"] is None
-    assert table["lines"][4]["ratio"] == pytest.approx(1.02)
-    assert table["lines"][3]["share"] == pytest.approx(0.02)
+    assert table["lines"][3]["ratio"] == pytest.approx(1.02)
     assert len(table["refusals"]) == 3
-    assert (table["error"], table["bound"], table["n_layers"]) == (3.2e-3, 1.6e-2, 32)
+    assert (table["error"], table["bound"]) == (3.2e-3, 1.6e-2)
 
 
 def fake_run(monkeypatch, *results, error=None):
@@ -290,11 +316,11 @@ def fake_run(monkeypatch, *results, error=None):
 
 
 def test_the_command_prints_and_saves(monkeypatch, tmp_path):
-    fake_run(monkeypatch, Result({"rounds": 15}), fake_result())
+    fake_run(monkeypatch, Result({}, ""), fake_result())
     result = bench()
-    assert result.exit_code == 0 and len(cells(result.stdout, "64x32768")) == 3
+    assert result.exit_code == 0 and len(cells(result.stdout, "64x32768")) == 4
     result = bench("--json", tmp_path / "out.json")
-    assert result.exit_code == 0 and len(cells(result.stdout, "64x32768")) == 2
+    assert result.exit_code == 0 and len(cells(result.stdout, "64x32768")) == 3
     assert (tmp_path / "out.json").read_text() == json.dumps(
         as_json(fake_result()), indent=1
     ) + "\n"
@@ -386,4 +412,4 @@ def test_mixed_widths_need_the_bytes_of_equal_ones():
 
 
 def test_words_of_a_shape_are_those_of_its_option():
-    assert work._shape(str(Shape(8, 8192))) == Shape(8, 8192)
+    assert parse_shape(str(Shape(8, 8192))) == Shape(8, 8192)

@@ -1,4 +1,4 @@
-"""``leank bench decode`` on a GPU, as small as it can be; no test asserts a time."""
+"""``leank bench`` decode and append on a GPU, as small as it can be; no test asserts a time."""
 
 import json
 
@@ -16,20 +16,21 @@ pytest.importorskip("leank.cuda", reason="leank was built without CUDA")
 from typer.testing import CliRunner  # noqa: E402
 
 from leank.bench import layers as bench_layers  # noqa: E402
+from leank.bench.lines import Shape  # noqa: E402
 from leank.bench.peers import PEERS  # noqa: E402
 from leank.bench.truth import attend64, error_bound, relative_error  # noqa: E402
-from leank.bench.work import Options, Shape  # noqa: E402
+from leank.bench.work import Options  # noqa: E402
 from leank.cli import app  # noqa: E402
 
 # Other libraries warn about what they do not take, and about things that they use themselves.
 pytestmark = [*needs_gpu, pytest.mark.filterwarnings("ignore")]
 
 
-def bench(*words):
+def bench(*words, command="decode"):
     """Run the command."""
     env = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    options = ["--layers", "2", "--rounds", "2"]
-    return CliRunner().invoke(app, ["bench", "decode", *options, *map(str, words)], env=env)
+    options = ["--device", "cuda", "--layers", "2", "--rounds", "2"]
+    return CliRunner().invoke(app, ["bench", command, *options, *map(str, words)], env=env)
 
 
 def found(path):
@@ -42,15 +43,16 @@ def test_both_profiles_end_to_end(tmp_path):
     tables = found(tmp_path / "out.json")
     assert [table["name"] for table in tables] == ["llama-3.1-8b", "qwen-2.5-7b"]
     for table in tables:
-        assert 0 < table["error"] <= table["bound"] and table["n_layers"] == 2
+        assert 0 < table["error"] <= table["bound"] and table["about"].startswith("2 layers")
         (line,) = table["lines"]
         refused = {refusal["who"]: refusal["reason"] for refusal in table["refusals"]}
         assert line["dense_us"].keys() | refused.keys() == set(PEERS)
         assert not line["dense_us"].keys() & refused.keys()
         assert "cudnn" in line["dense_us"] and "flash" in line["dense_us"], refused
         assert not any(reason.startswith("wrong result") for reason in refused.values())
-        assert line["us"] > 0 and all(us > 0 for us in line["dense_us"].values())
-        assert line["gain"] == line["dense_us"][line["best"]] / line["us"]
+        assert all(us["low"] > 0 for us in (line["us"], *line["dense_us"].values()))
+        assert line["gain"] == line["dense_us"][line["best"]]["median"] / line["us"]["median"]
+        assert line["peak_gb_s"] > 0 and line["bound_us"] > 0
     assert "flex" in tables[0]["lines"][0]["dense_us"], tables[0]["refusals"]
     assert result.stdout.count("2x2048") >= 2
 
@@ -64,16 +66,25 @@ def test_a_mask_file_in_float16(tmp_path):
     assert "1x1500" in result.stdout and "bound 2.0e-03" in result.stdout
 
 
-def test_single_layers_storing_and_mixed_widths(tmp_path):
+def test_single_layers_and_mixed_widths(tmp_path):
     words = "--profile", "qwen-2.5-7b", "--shapes", "1x2048", "--json", tmp_path / "out.json"
-    result = bench(*words, "--per-layer", "--append", "--mixed")
+    result = bench(*words, "--per-layer", "--mixed")
     assert result.exit_code == 0, result.output
     (table,) = found(tmp_path / "out.json")
     kinds = [line["kind"] for line in table["lines"]]
-    assert kinds == ["LayerLine", "LayerLine", "AppendLine", "MixedLine"]
+    assert kinds == ["LayerLine", "LayerLine", "MixedLine"]
     assert [line["layer"] for line in table["lines"][:2]] == [0, 1]
     assert all(line["plain_tb_s"] > 0 for line in table["lines"][:2])
-    assert table["lines"][3]["widths"] == [16, 48, 80, 112]
+    assert table["lines"][2]["widths"] == [16, 48, 80, 112]
+
+
+def test_storing_a_token(tmp_path):
+    words = "--profile", "qwen-2.5-7b", "--shapes", "1x2048", "--json", tmp_path / "out.json"
+    result = bench(*words, command="append")
+    assert result.exit_code == 0, result.output
+    ((line,),) = (table["lines"] for table in found(tmp_path / "out.json"))
+    assert line["kind"] == "AppendLine" and line["attending_us"]["low"] > 0
+    assert line["dense_us"]["index_copy_"]["low"] > 0
 
 
 def test_a_shape_that_does_not_fit_is_reported():
@@ -105,7 +116,7 @@ def test_what_is_timed_is_decode_of_all_tokens(length):
     layers.store_and_attend()
     assert cache.lengths.tolist() == [length] * 2
     (us,) = bench_layers.Timer(2)(layers.attend)
-    assert us > 0 and cache.lengths.tolist() == [length] * 2
+    assert us.low > 0 and cache.lengths.tolist() == [length] * 2
     out = bench_layers.decode(cache, layers.q)
     k, v = cache.gather(0)
     # What is not stored any more is NaN, and not seen by the rule.

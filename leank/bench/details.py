@@ -1,4 +1,4 @@
-"""Single layers, the share of storing the token, and mixed widths, for ``leank bench decode``.
+"""Single layers, storing the token, and mixed widths, on an NVIDIA GPU.
 
 Times are taken as for the table: see `leank.bench.layers.Timer`.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from leank.bench.layers import Layers, Timer, layers_per_graph
-from leank.bench.profiles import needed_bytes, random_keep
-from leank.bench.work import AppendLine, BenchError, LayerLine, MixedLine, Options, Shape, Work
+from leank.bench.lines import AppendLine, LayerLine, MixedLine, Shape, Timing
+from leank.bench.profiles import needed_bytes, random_keep, token_bytes
+from leank.bench.work import BenchError, Options, Work
 
 
 def per_layer(work: Work, shape: Shape, time: Timer, options: Options) -> Iterator[LayerLine]:
@@ -23,20 +25,54 @@ def per_layer(work: Work, shape: Shape, time: Timer, options: Options) -> Iterat
         layers.check()
         needed = needed_bytes(keep, *shape, **options.window)
         # Some pieces of a GPU's memory are slower to read than others.
-        yield LayerLine(shape, i, us / n, needed, layers.n_bytes / plain_us / 1e6)
+        yield LayerLine(shape, i, us.median / n, needed, layers.n_bytes / plain_us.median / 1e6)
 
 
-def append_share(work: Work, shape: Shape, time: Timer, options: Options) -> AppendLine:
-    """Time decode of a new token and attention to stored ones, in turns on the same caches."""
-    n = layers_per_graph(work, shape)
-    storing = attending = 0.0
+def append(work: Work, shape: Shape, time: Timer, options: Options, peak_gb_s: float) -> AppendLine:
+    """Time decode of a new token and attention to stored ones, in turns on the same caches.
+
+    The difference of the two, round by round, is the time of storing.
+    """
+    n, parts, sizes = layers_per_graph(work, shape), [], []
     for first in range(0, len(work.keep), n):
-        layers = Layers(work.keep[first : first + n], work.n_q_heads, shape, options)
-        us = time(layers.store_and_attend, layers.attend)
+        keep = work.keep[first : first + n]
+        layers = Layers(keep, work.n_q_heads, shape, options)
+        both, attending = time.rounds(layers.store_and_attend, layers.attend)
         layers.check()
-        storing, attending = storing + us[0], attending + us[1]
+        storing = [a - b for a, b in zip(both, attending, strict=True)]
+        parts.append([Timing.of(us).over(len(keep)) for us in (storing, attending)])
+        sizes.append(len(keep))
         del layers  # before the next ones are made
-    return AppendLine(shape, storing / len(work.keep), attending / len(work.keep))
+    torch.cuda.empty_cache()
+    us, attending_us = (Timing.mean(part, sizes) for part in zip(*parts, strict=True))
+    n_bytes = token_bytes(work.keep[0], shape.n_rows)
+    return AppendLine(
+        shape=shape,
+        us=us,
+        attending_us=attending_us,
+        needed_bytes=n_bytes,
+        dense_us={"index_copy_": _index_copy(work, shape, n, time, options)},
+        dense_bytes=n_bytes,
+        peak_gb_s=peak_gb_s,
+    )
+
+
+def _index_copy(work: Work, shape: Shape, n: int, time: Timer, options: Options) -> Timing:
+    """Time what transformers' static caches do with a token."""
+
+    def make(n_tokens: int) -> torch.Tensor:
+        at = (shape.n_rows, work.n_heads, n_tokens, work.head_dim)
+        return torch.randn(at, device="cuda", dtype=getattr(torch, options.dtype))
+
+    layers = [make(shape.length) for _ in range(2 * n)]  # K and V
+    new, last = make(1), torch.tensor([shape.length - 1], device="cuda")
+
+    def store() -> None:
+        for x in layers:
+            x.index_copy_(2, last, new)
+
+    (us,) = time(store)
+    return us.over(n)
 
 
 def mixed_widths(n_heads: int, head_dim: int) -> list[int]:
@@ -76,4 +112,4 @@ def mixed(work: Work, shape: Shape, time: Timer, options: Options) -> MixedLine:
     us = time(*(x.store_and_attend for x in layers))
     for x in layers:
         x.check()
-    return MixedLine(shape, tuple(widths), *(x / n for x in us))
+    return MixedLine(shape, tuple(widths), *(x.median / n for x in us))

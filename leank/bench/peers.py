@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from leank.bench.lines import Shape, Timing
 from leank.bench.truth import attend64, error_bound, relative_error
-from leank.bench.work import Shape, Work
+from leank.bench.work import Work
 
 # Looser than for LeanK: only a result that is wrong is to be found.
 _BOUND_FACTOR = 2
@@ -105,7 +106,7 @@ PEERS = {
 
 def measure_peers(
     work: Work, shape: Shape, n_layers: int, dtype: torch.dtype, time: Callable
-) -> tuple[dict[str, float], dict[str, str]]:
+) -> tuple[dict[str, Timing], dict[str, str]]:
     """Time each peer on random K and V.
 
     Parameters
@@ -147,7 +148,7 @@ def measure_peers(
     return us, reasons
 
 
-def _measure(peer: Callable, q: torch.Tensor, layers: list, time: Callable) -> float:
+def _measure(peer: Callable, q: torch.Tensor, layers: list, time: Callable) -> Timing:
     with peer(q, layers[0][0]) as made:
         out = made.attend(q, *layers[0])
         bound = _BOUND_FACTOR * error_bound(q.dtype)
@@ -166,7 +167,7 @@ def _measure(peer: Callable, q: torch.Tensor, layers: list, time: Callable) -> f
                 made.attend(q, k, v)
 
         (us,) = time(step)
-        return us / len(layers)
+        return us.over(len(layers))
 
 
 def _reason(error: Exception) -> str:

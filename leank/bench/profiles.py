@@ -100,3 +100,8 @@ def dense_bytes(
 ) -> int:
     """Return the bytes of dense K and V of a layer, all of which dense attention reads."""
     return n_rows * elem_bytes * length * 2 * keep.size
+
+
+def token_bytes(keep: npt.NDArray[np.bool_], n_rows: int, *, elem_bytes: int = 2) -> int:
+    """Return the bytes of one token's K and V in a layer, all of which are stored at first."""
+    return dense_bytes(keep, n_rows, 1, elem_bytes=elem_bytes)

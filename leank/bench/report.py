@@ -1,89 +1,199 @@
-"""What ``leank bench decode`` prints at the end."""
+"""What ``leank bench`` prints at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from leank.bench.work import AppendLine, LayerLine, Line, MixedLine, Result, Shape
-from leank.bench.work import Table as ResultTable
+from leank.bench.lines import (
+    AppendLine,
+    Case,
+    GenerateLine,
+    LayerLine,
+    LearnLine,
+    Line,
+    MixedLine,
+    Result,
+    Shape,
+    Timing,
+)
+from leank.bench.lines import Table as ResultTable
+
+_GIB = 2**30
 
 
-def print_report(result: Result, console: Console, *, peers: bool) -> None:
+def print_report(result: Result, console: Console, *, peers: bool = True) -> None:
     """Print the result, in colour if the console has any; 80 columns are enough.
 
     peers : whether to print the times of all dense peers, not of the best one alone
     """
     console.print()
-    console.print(_facts(result))
+    console.print(_facts(result.facts))
     for table in result.tables:
         console.print(_heading(table))
-        for kind, draw in _KINDS.items():
-            if lines := [line for line in table.lines if isinstance(line, kind)]:
-                console.print(draw(lines))
-                if kind is Line and peers and any(line.dense_us for line in lines):
+        for kind, tables in _KINDS.items():
+            if lines := [line for line in table.lines if type(line) is kind]:
+                for draw in tables:
+                    console.print(draw(lines))
+                if peers and any(isinstance(x, Line) and len(x.dense_us) > 1 for x in lines):
                     console.print(_all_peers(lines))
         if table.refusals:
             console.print(_refusals(table))
-    console.print(_how(result))
+    console.print(Text("\n" + result.how, style="dim"))
 
 
-def _facts(result: Result) -> Table:
+def _facts(facts: Mapping[str, object]) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
-    for name, value in result.facts.items():
+    for name, value in facts.items():
         grid.add_row(f" {name}", Text(str(value)))
     return grid
 
 
 def _heading(table: ResultTable) -> Group:
-    shape = (
-        f"\n {table.name}: {table.n_layers} layers, Hq/Hkv {table.n_q_heads}/{table.n_heads}, "
-        f"D {table.head_dim}"
-    )
-    check = (
-        f" checked: largest error {table.error:.1e} of its head's largest output, "
-        f"bound {table.bound:.1e}"
-    )
-    return Group(Text(shape, style="bold"), Text(check, style="green"))
+    if table.error is None:
+        check = Text(" not checked: no dense contender had room", style="red")
+    else:
+        check = Text(
+            f" checked: largest error {table.error:.1e} {table.measure}, bound {table.bound:.1e}",
+            style="green",
+        )
+    return Group(Text(f"\n {table.name}: {table.about}", style="bold"), check)
 
 
-def _box(*names: str) -> Table:
-    """Return a table of numbers; the first column is the B x L of a row."""
+def _box(first: str, *names: str) -> Table:
+    """Return a table of numbers; the first column is the shape of a row."""
     table = Table(box=box.ROUNDED, header_style="bold")
-    table.add_column("B x L", no_wrap=True)
+    table.add_column(first, no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
     return table
 
 
-def _gains(lines: list[Line]) -> Table:
-    table = _box("byte ratio", "LeanK us", "best dense us", "which", "gain", "TB/s")
+# ---------------------------------------------------------------------- LeanK against its bound
+
+
+def _rates(lines: Sequence[Line]) -> Table:
+    table = _box("B x L", "LeanK us", "range", "MB", "GB/s", "of peak", "bound us")
     for line in lines:
-        best = ["-"] * 3
-        if line.best is not None:
-            best = [_us(line.dense_us[line.best]), line.best, f"{line.gain:.2f}"]
-        mine = f"{line.byte_ratio:.2f}", _us(line.us)
-        table.add_row(str(line.shape), *mine, *best, f"{line.tb_s:.2f}")
+        speed = f"{line.needed_bytes / 1e6:,.2f}", f"{line.gb_s:,.1f}", f"{line.share:.0%}"
+        table.add_row(str(line.shape), *_timing(line.us), *speed, _us(line.bound_us))
     return table
 
 
-def _all_peers(lines: list[Line]) -> Table:
+def _appends(lines: Sequence[AppendLine]) -> Table:
+    names = "store us", "range", "attend us", "adds", "KB", "GB/s", "bound us"
+    table = _box("B x L", *names)
+    for line in lines:
+        # On a GPU it is a difference of two times, which may be less than they vary.
+        rate = f"{line.gb_s:,.2f}" if line.us.median > 0 else "-"
+        added = _us(line.attending_us.median), f"{line.added:.1%}"
+        speed = f"{line.needed_bytes / 1e3:,.1f}", rate, f"{line.bound_us:.2f}"
+        table.add_row(str(line.shape), *_timing(line.us), *added, *speed)
+    return table
+
+
+def _products(lines: Sequence[LearnLine]) -> Table:
+    table = _box("B x L", "LeanK us", "range", "MB", "TFLOP/s", "of peak", "bound us")
+    for line in lines:
+        speed = f"{line.needed_bytes / 1e6:,.2f}", f"{line.tflop_s:.3g}", f"{line.share:.0%}"
+        table.add_row(str(line.shape), *_timing(line.us), *speed, _us(line.bound_us))
+    return table
+
+
+def _memory(lines: Sequence[LearnLine]) -> Table:
+    names = list(dict.fromkeys(name for line in lines for name in line.extra_bytes))
+    table = _box("B x L", *(f"{name}: extra MiB" for name in names))
+    for line in lines:
+        found = (line.extra_bytes.get(name) for name in names)
+        table.add_row(str(line.shape), *("-" if x is None else f"{x / 2**20:,.1f}" for x in found))
+    return table
+
+
+def _generated(lines: Sequence[GenerateLine]) -> Table:
+    """One row for each contender, those of a case together."""
+    names = ("who", "ms a step", "range", "tokens/s", "first s", "peak GiB", "KV GiB", "GB/s")
+    table = _box("B x L x new", *names)
+    table.columns[1].justify = "left"
+    for line in lines:
+        contenders = {**line.dense_us, "leank": line.us, **line.own_us}
+        for i, (name, us) in enumerate(contenders.items()):
+            peak, kv = (x.get(name) for x in (line.peak_memory, line.kv_bytes))
+            n_bytes = line.needed_bytes if name == "leank" else line.own_bytes.get(name)
+            n_bytes = line.dense_bytes if n_bytes is None else n_bytes
+            table.add_row(
+                "" if i else str(line.shape),
+                name,
+                f"{us.median / 1e3:,.2f}",
+                _range(us),
+                f"{line.shape.n_rows / us.median * 1e6:,.1f}",
+                f"{line.first_s[name]:.2f}",
+                "-" if peak is None else f"{peak / _GIB:.2f}",
+                "-" if kv is None else f"{kv / _GIB:.3g}",
+                f"{n_bytes / us.median / 1e3:,.1f}",
+                end_section=i == len(contenders) - 1,
+            )
+    return table
+
+
+def _generate_gains(lines: Sequence[GenerateLine]) -> Table:
+    names = "against", "gain", "pages", "bytes", "of peak", "bound ms", "KV of dense"
+    table = _box("B x L x new", *names)
+    for line in lines:
+        best, gain = line.best or "-", "-" if line.gain is None else f"{line.gain:.2f}x"
+        pages = line.own_us.get("pages")
+        kv = line.kv_bytes["leank"] / line.cache_bytes
+        row = f"{line.byte_ratio:.2f}", f"{line.share:.0%}", f"{line.bound_us / 1e3:,.2f}"
+        over = "-" if pages is None else f"{pages.median / line.us.median:.2f}x"
+        table.add_row(str(line.shape), best, gain, over, *row, f"{kv:.3f}")
+    return table
+
+
+# ------------------------------------------------------------------------- LeanK against others
+
+
+def _gains(lines: Sequence[Line]) -> Table:
+    table = _box("B x L", "byte ratio", "gain", "best dense", "us", "range", "GB/s")
+    for line in lines:
+        row = [f"{line.byte_ratio:.2f}", *["-"] * 5]
+        if line.best is not None:
+            us = line.dense_us[line.best]
+            rate = f"{line.dense_bytes / us.median / 1e3:,.1f}"
+            row[1:] = f"{line.gain:.2f}x", line.best, *_timing(us), rate
+        table.add_row(str(line.shape), *row)
+    return table
+
+
+def _time_gains(lines: Sequence[Line]) -> Table:
+    """Where bytes do not tell the contenders apart."""
+    table = _box("B x L", "gain", "best dense", "us", "range")
+    for line in lines:
+        row = ["-"] * 4
+        if line.best is not None:
+            row = [f"{line.gain:.2f}x", line.best, *_timing(line.dense_us[line.best])]
+        table.add_row(str(line.shape), *row)
+    return table
+
+
+def _all_peers(lines: Sequence[Line]) -> Table:
     names = list(dict.fromkeys(name for line in lines for name in line.dense_us))
-    table = _box(*(f"{name} us" for name in names))
+    table = _box("B x L", *(f"{name} us" for name in names))
     for line in lines:
         times = (line.dense_us.get(name) for name in names)
-        table.add_row(str(line.shape), *("-" if us is None else _us(us) for us in times))
+        table.add_row(str(line.shape), *("-" if us is None else _us(us.median) for us in times))
     return table
 
 
-def _layers(lines: list[LayerLine]) -> Table:
-    table = _box("layer", "MB", "us", "TB/s", "sum TB/s", "share")
+# ---------------------------------------------------------------------------------- single layers
+
+
+def _layers(lines: Sequence[LayerLine]) -> Table:
+    table = _box("B x L", "layer", "MB", "us", "TB/s", "sum TB/s", "share")
     for line in lines:
         numbers = f"{line.needed_bytes / 1e6:.2f}", _us(line.us), f"{line.tb_s:.2f}"
         plain = f"{line.plain_tb_s:.2f}", f"{line.share:.0%}"
@@ -91,16 +201,8 @@ def _layers(lines: list[LayerLine]) -> Table:
     return table
 
 
-def _appends(lines: list[AppendLine]) -> Table:
-    table = _box("attend us", "store and attend us", "share of storing")
-    for line in lines:
-        row = _us(line.attending_us), _us(line.storing_us), f"{line.share:.1%}"
-        table.add_row(str(line.shape), *row)
-    return table
-
-
-def _mixes(lines: list[MixedLine]) -> Table:
-    table = _box("widths", "mixed us", "equal us", "ratio")
+def _mixes(lines: Sequence[MixedLine]) -> Table:
+    table = _box("B x L", "widths", "mixed us", "equal us", "ratio")
     for line in lines:
         widths = f"{line.widths[0]} to {line.widths[-1]}"
         row = widths, _us(line.mixed_us), _us(line.equal_us), f"{line.ratio:.3f}"
@@ -108,17 +210,19 @@ def _mixes(lines: list[MixedLine]) -> Table:
     return table
 
 
-_KINDS: dict[type, Callable[[list], Table]] = {
-    Line: _gains,
-    LayerLine: _layers,
-    AppendLine: _appends,
-    MixedLine: _mixes,
+_KINDS: dict[type, tuple[Callable[[list], Table], ...]] = {
+    Line: (_rates, _gains),
+    AppendLine: (_appends, _time_gains),
+    LearnLine: (_products, _time_gains, _memory),
+    GenerateLine: (_generated, _generate_gains),
+    LayerLine: (_layers,),
+    MixedLine: (_mixes,),
 }
 
 
 def _refusals(table: ResultTable) -> Table:
     """One line for each peer and reason, with the shapes."""
-    shapes: dict[tuple[str, str], list[Shape]] = {}
+    shapes: dict[tuple[str, str], list[Shape | Case]] = {}
     for refusal in table.refusals:
         shapes.setdefault((refusal.who, refusal.reason), []).append(refusal.shape)
     grid = Table.grid(padding=(0, 1))
@@ -128,20 +232,15 @@ def _refusals(table: ResultTable) -> Table:
     return grid
 
 
-def _how(result: Result) -> Text:
-    text = (
-        f"\nTimes are us of one layer: medians of {result.facts['rounds']} replays of CUDA graphs, "
-        "with the L2 cache evicted before each. LeanK stores the new token and attends."
-    )
-    if any(isinstance(line, Line) for table in result.tables for line in table.lines):
-        text += (
-            " Its time is the mean over the layers; dense peers only attend. TB/s: bytes that "
-            "LeanK must read, by its time."
-        )
-    if any(isinstance(line, LayerLine) for table in result.tables for line in table.lines):
-        text += " Sum: what torch.sum reads per time of all that the same caches hold."
-    return Text(text, style="dim")
-
-
 def _us(us: float) -> str:
     return f"{us:,.1f}"
+
+
+def _timing(us: Timing) -> tuple[str, str]:
+    return _us(us.median), _range(us)
+
+
+def _range(us: Timing) -> str:
+    """Return how far the fastest and the slowest round are from the median."""
+    low, high = (f"{x / us.median - 1:+.0%}" for x in (us.low, us.high))
+    return f"{low} {high}"

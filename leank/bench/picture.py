@@ -1,0 +1,104 @@
+"""A picture of what ``leank bench`` found: rates against amounts, under what the machine reaches.
+
+It leaves matplotlib's global state alone, as `leank.pictures` does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from leank.bench.lines import Line, Result
+from leank.pictures import GREY, save
+
+_OURS, _DENSE = "#c0561f", "#1b4f72"
+_OUR_MARKERS, _DENSE_MARKERS = "oPX", "sD^v<>"
+# What is counted, the unit of an amount and of a rate, and the name of the line above all.
+_UNITS = {
+    "bytes": (1e6, "MB that a step must move", 1e9, "GB/s", "reading memory"),
+    "operations": (1e9, "GFLOP that a step needs", 1e12, "TFLOP/s", "product of matrices"),
+}
+_TIMES = {10.0**k: f"{10 ** (k % 3)} {'us ms s'.split()[k // 3]}" for k in range(9)}
+
+
+def draw(path: Path, result: Result) -> bool:
+    """Write the picture; return False where the result has no line that it could show.
+
+    Each mark is a contender at a shape. Faint lines connect what takes the same time.
+    """
+    lines = [x for table in result.tables for x in table.lines if isinstance(x, Line)]
+    if not lines:
+        return False
+    amount_unit, x_label, rate_unit, y_label, reached = _UNITS[lines[0].what]
+    figure = Figure(figsize=(8.5, 5.6), layout="constrained")
+    axes = figure.subplots()
+    markers: dict[str, tuple[str, str]] = {}
+    marks = []
+    for line in lines:
+        for name, (amount, us) in line.amounts().items():
+            if us.median <= 0:  # a difference of times that is less than they vary
+                continue
+            color, marker = markers.setdefault(name, _marker(name, markers))
+            x, y = amount / amount_unit, amount / us.median * 1e6 / rate_unit
+            low, high = (amount / end * 1e6 / rate_unit for end in (us.high, max(us.low, 1e-9)))
+            marks.append((x, y))
+            axes.vlines(x, low, min(high, 2 * y), color=color, linewidth=1)
+            axes.plot(x, y, marker, color=color, markersize=8, markeredgecolor="white")
+            if name in ("LeanK", line.best):
+                place = {"xytext": (9, -3), "textcoords": "offset points"}
+                axes.annotate(str(line.shape), (x, y), fontsize=9, color=color, **place)
+    peaks = [line.peak / rate_unit for line in lines]
+    _frame(axes, np.array(marks), peaks, amount_unit / rate_unit * 1e6)
+    label = f"{reached}, measured: {_span(peaks)} {y_label}"
+    axes.axhspan(min(peaks), max(peaks), color=GREY, linewidth=0, alpha=0.25)
+    axes.axhline(max(peaks), color=GREY, linewidth=1.4, label=label)
+    for name, (color, marker) in markers.items():
+        axes.plot([], [], marker, color=color, markersize=8, label=name)
+    axes.set_xlabel(f"{x_label} (faint lines: the same time)")
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    save(figure, path, _title(result))
+    return True
+
+
+def _marker(name: str, seen: dict[str, tuple[str, str]]) -> tuple[str, str]:
+    """Return colour and shape: LeanK's contenders are of one colour, dense ones of another."""
+    color, markers = (_OURS, _OUR_MARKERS) if name.startswith("LeanK") else (_DENSE, _DENSE_MARKERS)
+    n = sum(of == color for of, _ in seen.values())
+    return color, markers[n % len(markers)]
+
+
+def _frame(axes: Axes, marks: np.ndarray, peaks: list[float], us: float) -> None:
+    """Set the axes, and draw lines of equal time; `us`: of one unit at one unit's rate."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    (left, low), (right, high) = marks.min(0), marks.max(0)
+    left, right = left / 2, right * 2.5
+    low, high = low / 2, max(high, *peaks) * 1.6
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, high)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,g}")
+    for time, text in _TIMES.items():
+        ends = np.array([left, right])
+        axes.plot(ends, ends * us / time, color="#e3e6e8", linewidth=0.8, zorder=0)
+        # Where the line enters the picture.
+        x, y = max(left, low * time / us), max(low, left * us / time)
+        if x < right / 1.5 and y < high / 1.5:
+            place = {"xytext": (3, 4), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(text, (x, y), color="#9aa5ad", annotation_clip=True, **place)
+
+
+def _span(values: list[float]) -> str:
+    low, high = (f"{x:,.3g}" for x in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _title(result: Result) -> str:
+    names = ", ".join(table.name for table in result.tables)
+    facts = result.facts
+    return f"{facts.get('GPU') or facts.get('CPU')}, {facts['dtype']}: {names}"

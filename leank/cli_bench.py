@@ -1,0 +1,201 @@
+"""The commands ``leank bench``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from leank.cli_inspect import MASK
+
+if TYPE_CHECKING:
+    from leank.bench.lines import Result
+
+app = typer.Typer(
+    name="bench",
+    no_args_is_help=True,
+    help="Measure LeanK on this machine, against dense attention and the bound from bytes.",
+)
+
+_Profile = Annotated[
+    Literal["llama-3.1-8b", "qwen-2.5-7b", "all"] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Widths in the package: llama-3.1-8b, qwen-2.5-7b, all; default: the first on a CPU.",
+        show_default=False,
+    ),
+]
+_Mask = Annotated[str | None, typer.Option(metavar="MASK", help=f"{MASK}, instead of a profile.")]
+_QHeads = Annotated[int | None, typer.Option(help="Query heads of the mask's model.")]
+_Layers = Annotated[
+    int | None,
+    typer.Option(help="So many layers, evenly spaced; default: 4 on a CPU, all on a GPU."),
+]
+_Shapes = Annotated[
+    list[str] | None,
+    typer.Option(metavar="BxL,...", help="Rows x tokens, as 8x8192,1x4096."),
+]
+_Device = Annotated[
+    Literal["cpu", "cuda"], typer.Option(metavar="cpu|cuda", help="Where to measure.")
+]
+_DType = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option(metavar="TYPE", help="float32 (on a CPU), bfloat16 or float16."),
+]
+_Rounds = Annotated[int, typer.Option(help="Rounds that a median is of.")]
+_Sink = Annotated[int, typer.Option(help="First tokens to keep whole.")]
+_Recent = Annotated[int, typer.Option(help="Last tokens to keep whole.")]
+_Seed = Annotated[int, typer.Option(help="Of the values and channels.")]
+_Threads = Annotated[int | None, typer.Option(help="CPU threads; default: what torch uses.")]
+_Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers to it.")
+]
+_Png = Annotated[
+    Path | None, typer.Option("--png", metavar="FILE", help="Draw rates against bytes into it.")
+]
+
+
+@app.command()
+def decode(
+    device: _Device = "cpu",
+    profile: _Profile = None,
+    mask: _Mask = None,
+    q_heads: _QHeads = None,
+    layers: _Layers = None,
+    shapes: _Shapes = None,
+    dtype: _DType = "bfloat16",
+    sink: _Sink = 128,
+    recent: _Recent = 896,
+    rounds: _Rounds = 15,
+    threads: _Threads = None,
+    seed: _Seed = 0,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="On a GPU: time each layer alone, instead.")
+    ] = False,
+    mixed: Annotated[
+        bool,
+        typer.Option("--mixed", help="On a GPU: heads of different widths against equal ones."),
+    ] = False,
+    json_file: _Json = None,
+    png: _Png = None,
+) -> None:
+    """Time decode of one token per row against dense attention of other libraries.
+
+    Results are checked first. Prints time, bytes, their share of what memory
+    reaches, and the gain over the best dense peer.
+    """
+    _decode("decode", json_file, png, **_but_files(locals()))
+
+
+@app.command()
+def append(
+    device: _Device = "cpu",
+    profile: _Profile = None,
+    mask: _Mask = None,
+    q_heads: _QHeads = None,
+    layers: _Layers = None,
+    shapes: _Shapes = None,
+    dtype: _DType = "bfloat16",
+    sink: _Sink = 128,
+    recent: _Recent = 896,
+    rounds: _Rounds = 15,
+    threads: _Threads = None,
+    seed: _Seed = 0,
+    json_file: _Json = None,
+    png: _Png = None,
+) -> None:
+    """Time what storing a new token's K and V adds to a step of decode.
+
+    Against a write into a dense static cache, and on a CPU against one that
+    copies itself.
+    """
+    _decode("append", json_file, png, append=True, **_but_files(locals()))
+
+
+def _but_files(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: x for k, x in options.items() if k not in ("json_file", "png")}
+
+
+def _decode(command: str, json_file: Path | None, png: Path | None, **options: Any) -> None:
+    def start(progress: Console) -> Iterator[Result]:
+        from leank.bench.work import Options, plan
+
+        shapes = options.pop("shapes")
+        asked = Options(**options, shapes=_parts(shapes))
+        works = plan(asked)
+        # When the options are known to be right: torch takes seconds.
+        from leank.bench.decode import run
+
+        return run(asked, works, progress)
+
+    _run(command, start, json_file, png)
+
+
+def _parts(options: list[str] | None) -> tuple[str, ...]:
+    return tuple(text.strip() for option in options or () for text in option.split(","))
+
+
+def _run(
+    command: str,
+    start: Callable[[Console], Iterator[Result]],
+    json_file: Path | None,
+    png: Path | None,
+) -> None:
+    """Measure, save after each step, print and draw."""
+    from leank.bench.work import BenchError, WrongResultError
+
+    try:
+        try:
+            if png is not None:
+                from leank.bench.picture import draw
+            steps = start(Console(stderr=True))
+            from leank.bench.report import print_report
+        except ImportError as error:
+            raise BenchError(_missing(error)) from error
+        for result in steps:
+            # After each step, since the whole may take minutes.
+            if json_file is not None:
+                _save(json_file, result)
+        print_report(result, Console(), peers=json_file is None)
+        if png is not None:
+            _draw(draw, png, result)
+    except BenchError as error:
+        typer.echo(f"leank bench {command}: {error}", err=True)
+        raise typer.Exit(2) from error
+    except WrongResultError as error:
+        typer.echo(f"leank bench {command}: WRONG RESULT: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _missing(error: ImportError) -> str:
+    """Return what to install; raises the error where that is not the matter."""
+    package = (error.name or "").partition(".")[0]
+    extras = {"torch": "hf", "transformers": "hf", "huggingface_hub": "hf", "matplotlib": "learn"}
+    if package not in extras:
+        raise error
+    return f"needs {package}: pip install 'leank[{extras[package]}]'"
+
+
+def _save(path: Path, result: Result) -> None:
+    from leank.bench.lines import as_json
+    from leank.bench.work import BenchError
+
+    try:
+        path.write_text(json.dumps(as_json(result), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"json: {path}: {error.strerror or error}") from error
+
+
+def _draw(draw: Callable[[Path, Result], bool], path: Path, result: Result) -> None:
+    from leank.bench.work import BenchError
+
+    try:
+        drawn = draw(path, result)
+    except (OSError, ValueError) as error:  # ValueError: a format that there is not
+        raise BenchError(f"png: {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not drawn:
+        raise BenchError("png: nothing was measured that a picture could show")
