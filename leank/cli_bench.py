@@ -116,6 +116,52 @@ def append(
     _decode("append", json_file, png, append=True, **_but_files(locals()))
 
 
+@app.command()
+def learn(
+    device: _Device = "cpu",
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BxL,...", help="Rows x tokens; default: 1x8192, on a GPU 1x65536,1x131072."
+        ),
+    ] = None,
+    span: Annotated[int, typer.Option(help="Tokens at the end that are learned from, T.")] = 256,
+    q_heads: Annotated[int | None, typer.Option(help="Default: 9, on a GPU 32.")] = None,
+    heads: Annotated[int | None, typer.Option(help="KV heads; default: 3, on a GPU 8.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Default: 64, on a GPU 128.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            metavar="TYPE",
+            help="float32 (on a CPU), bfloat16 or float16; default: the first for the device.",
+        ),
+    ] = None,
+    sink: _Sink = 64,
+    recent: _Recent = 512,
+    rounds: _Rounds = 7,
+    threads: _Threads = None,
+    seed: _Seed = 0,
+    json_file: _Json = None,
+    png: _Png = None,
+) -> None:
+    """Time mask learning's attention, forward and backward, against eager PyTorch.
+
+    Results are checked first. Prints time, operations, their share of what a
+    product of matrices reaches, and memory beyond inputs and results.
+    """
+    options = _but_files(locals())
+
+    def start(progress: Console) -> Iterator[Result]:
+        from leank.bench.work import learn_options
+
+        asked = learn_options(**options | {"shapes": _parts(options["shapes"])})
+        from leank.bench.learn import run
+
+        return run(asked, progress)
+
+    _run("learn", start, json_file, png)
+
+
 def _but_files(options: dict[str, Any]) -> dict[str, Any]:
     return {k: x for k, x in options.items() if k not in ("json_file", "png")}
 
@@ -150,19 +196,9 @@ def _run(
 
     try:
         try:
-            if png is not None:
-                from leank.bench.picture import draw
-            steps = start(Console(stderr=True))
-            from leank.bench.report import print_report
+            _measure(start, json_file, png)
         except ImportError as error:
             raise BenchError(_missing(error)) from error
-        for result in steps:
-            # After each step, since the whole may take minutes.
-            if json_file is not None:
-                _save(json_file, result)
-        print_report(result, Console(), peers=json_file is None)
-        if png is not None:
-            _draw(draw, png, result)
     except BenchError as error:
         typer.echo(f"leank bench {command}: {error}", err=True)
         raise typer.Exit(2) from error
@@ -171,8 +207,26 @@ def _run(
         raise typer.Exit(1) from error
 
 
+def _measure(
+    start: Callable[[Console], Iterator[Result]], json_file: Path | None, png: Path | None
+) -> None:
+    if png is not None:  # before what takes minutes
+        from leank.bench.picture import draw
+    steps = start(Console(stderr=True))
+    from leank.bench.report import print_report
+
+    for result in steps:
+        if json_file is not None:
+            _save(json_file, result)
+    print_report(result, Console(), peers=json_file is None)
+    if png is not None:
+        _draw(draw, png, result)
+
+
 def _missing(error: ImportError) -> str:
     """Return what to install; raises the error where that is not the matter."""
+    if error.name == "leank._cuda":
+        return str(error)
     package = (error.name or "").partition(".")[0]
     extras = {"torch": "hf", "transformers": "hf", "huggingface_hub": "hf", "matplotlib": "learn"}
     if package not in extras:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from leank.bench.lines import Timing
+from leank.bench.machine import last_level_cache_bytes
 
 _WARM_UPS = 2
 # Larger than any cache of a GPU, and so that what starts and ends a kernel does not count.
@@ -82,20 +82,15 @@ class ReadRate:
         return 1e6 / min(times[name].median for name in self._REDUCTIONS)
 
 
-class Timer(Protocol):
-    """Microseconds of works that were captured; `leank.bench.layers.Timer`."""
-
-    def __call__(self, *works: Callable[[], object]) -> list[Timing]:
-        """Time each of them."""
-
-
-def gpu_read_gb_s(timer: Timer) -> float:
-    """Return the rate of torch's sum over memory of the GPU in use."""
+def read_gb_s(device: str, n_rounds: int) -> float:
+    """Return the rate of reading memory of a device, where nothing else is timed beside."""
+    if device == "cpu":
+        read = ReadRate(4 * last_level_cache_bytes())
+        return read.gb_s(alternate(read.contenders(), n_rounds))
     free, _ = torch.cuda.mem_get_info()
-    n = min(_GPU_READ_BYTES, free // 2) // 4
-    buffer = torch.ones(n, dtype=torch.float32, device="cuda")
-    (us,) = timer(lambda: torch.sum(buffer))
-    return 4 * n / us.median / 1e3
+    buffer = torch.ones(min(_GPU_READ_BYTES, free // 2) // 4, device="cuda")
+    us = alternate({"read": timed(lambda: torch.sum(buffer), device)}, n_rounds)["read"]
+    return buffer.nbytes / us.median / 1e3
 
 
 def product_tflop_s(device: str, dtype: torch.dtype, n_rounds: int) -> float:

@@ -16,7 +16,7 @@ from leank.bench import machine
 from leank.bench.decode_cpu import OnCpu
 from leank.bench.lines import AppendLine, LayerLine, Line, MixedLine, Refusal, Result, Table
 from leank.bench.truth import MEASURE, error_bound
-from leank.bench.work import BenchError, Options, Work
+from leank.bench.work import Options, Work
 
 if TYPE_CHECKING:
     from leank.bench.decode_cuda import OnCuda
@@ -39,6 +39,8 @@ def run(options: Options, works: list[Work], progress: Console) -> Iterator[Resu
         If there is no GPU that is asked for, or the kernels do not take a mask or a shape.
     WrongResultError
         If a result is outside its error bound.
+    ImportError
+        If the kernels for GPUs were not built.
     """
     say = functools.partial(progress.print, highlight=False, markup=False)
     with machine.threads(options.threads):
@@ -66,12 +68,8 @@ def run(options: Options, works: list[Work], progress: Console) -> Iterator[Resu
 def _device(options: Options, works: list[Work]) -> OnCpu | OnCuda:
     if options.device == "cpu":
         return OnCpu(options)
-    try:
-        from leank.bench.decode_cuda import OnCuda
-    except ImportError as error:
-        if error.name != "leank._cuda":
-            raise
-        raise BenchError(str(error)) from error
+    from leank.bench.decode_cuda import OnCuda
+
     return OnCuda(options, works)
 
 

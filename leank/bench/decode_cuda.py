@@ -14,9 +14,10 @@ import torch
 
 from leank._cuda_ops import _cuda
 from leank.bench import details
-from leank.bench.clock import gpu_read_gb_s
+from leank.bench.clock import read_gb_s
 from leank.bench.layers import Layers, Timer, check, layers_per_graph
 from leank.bench.lines import LayerLine, Line, MixedLine, Refusal, Shape, Table, Timing
+from leank.bench.machine import need_gpu
 from leank.bench.peers import measure_peers
 from leank.bench.profiles import dense_bytes, needed_bytes
 from leank.bench.work import BenchError, Options, Work
@@ -32,12 +33,11 @@ class OnCuda:
     """
 
     def __init__(self, options: Options, works: list[Work]) -> None:
-        if not torch.cuda.is_available():
-            raise BenchError(f"needs an NVIDIA GPU; torch {torch.__version__} finds none")
+        need_gpu()
         for work in works:
             check_limits(work, options)
         self._options, self._time = options, Timer(options.rounds)
-        self._peak_gb_s = gpu_read_gb_s(self._time)
+        self._peak_gb_s = read_gb_s("cuda", options.rounds)
         torch.cuda.empty_cache()
 
     @property

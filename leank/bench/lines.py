@@ -138,12 +138,12 @@ class AppendLine(Line):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnLine(Line):
-    """Forward and backward of mask learning's attention, which products bound rather than bytes."""
+    """Forward and backward of mask learning's attention, in which products count, not bytes."""
 
     what: ClassVar[str] = "operations"
 
     n_flop: float  # of the products that are needed
-    peak_tflop_s: float  # of a product of square matrices, as measured beside
+    product_tflop_s: float  # torch's, of square matrices, as measured beside
     # Beyond inputs and results, by contender; None where the system does not tell.
     extra_bytes: dict[str, int | None]
 
@@ -153,19 +153,14 @@ class LearnLine(Line):
         return self.n_flop / self.us.median / 1e6
 
     @property
-    def share(self) -> float:
+    def of_product(self) -> float:
         """`tflop_s` by that of a product of matrices."""
-        return self.tflop_s / self.peak_tflop_s
-
-    @property
-    def bound_us(self) -> float:
-        """The time that the products alone take, or the bytes if they take longer."""
-        return max(self.n_flop / self.peak_tflop_s / 1e6, super().bound_us)
+        return self.tflop_s / self.product_tflop_s
 
     @property
     def peak(self) -> float:
         """Operations in a second of a product of matrices."""
-        return self.peak_tflop_s * 1e12
+        return self.product_tflop_s * 1e12
 
     def amounts(self) -> dict[str, tuple[float, Timing]]:
         """Return the operations that are needed, and each contender's time, by its name."""

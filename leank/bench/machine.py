@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import leank
+from leank.bench.work import BenchError
 
 _PACKAGE = Path(leank.__file__).resolve().parent
 
@@ -40,6 +41,12 @@ def facts(device: str, seed: int, **settings: object) -> dict[str, str | int | f
         **settings,
         "seed": seed,
     }
+
+
+def need_gpu() -> None:
+    """Raise BenchError where there is none that torch can use."""
+    if not torch.cuda.is_available():
+        raise BenchError(f"needs an NVIDIA GPU; torch {torch.__version__} finds none")
 
 
 @contextlib.contextmanager

@@ -5,22 +5,25 @@ It leaves matplotlib's global state alone, as `leank.pictures` does.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from leank.bench.lines import Line, Result
 from leank.pictures import GREY, save
 
 _OURS, _DENSE = "#c0561f", "#1b4f72"
 _OUR_MARKERS, _DENSE_MARKERS = "oPX", "sD^v<>"
-# What is counted, the unit of an amount and of a rate, and the name of the line above all.
+# What is counted: the units of an amount, what it is, the unit of a rate, and the line above all.
 _UNITS = {
-    "bytes": (1e6, "MB that a step must move", 1e9, "GB/s", "reading memory"),
-    "operations": (1e9, "GFLOP that a step needs", 1e12, "TFLOP/s", "product of matrices"),
+    "bytes": ("KB MB GB TB", "that a step must move", "GB/s", "reading memory"),
+    "operations": ("kFLOP MFLOP GFLOP TFLOP", "of a step", "TFLOP/s", "torch's matmul"),
 }
+_RATES = {"GB/s": 1e9, "TFLOP/s": 1e12}
 _TIMES = {10.0**k: f"{10 ** (k % 3)} {'us ms s'.split()[k // 3]}" for k in range(9)}
 
 
@@ -32,7 +35,11 @@ def draw(path: Path, result: Result) -> bool:
     lines = [x for table in result.tables for x in table.lines if isinstance(x, Line)]
     if not lines:
         return False
-    amount_unit, x_label, rate_unit, y_label, reached = _UNITS[lines[0].what]
+    units, counted, rate_name, reached = _UNITS[lines[0].what]
+    amounts = [amount for line in lines for amount, _ in line.amounts().values()]
+    power = min(4, max(1, int(math.log10(max(amounts)) / 3)))
+    amount_unit, rate_unit = 1e3**power, _RATES[rate_name]
+    x_label = f"{units.split()[power - 1]} {counted}"
     figure = Figure(figsize=(8.5, 5.6), layout="constrained")
     axes = figure.subplots()
     markers: dict[str, tuple[str, str]] = {}
@@ -52,15 +59,15 @@ def draw(path: Path, result: Result) -> bool:
                 axes.annotate(str(line.shape), (x, y), fontsize=9, color=color, **place)
     peaks = [line.peak / rate_unit for line in lines]
     _frame(axes, np.array(marks), peaks, amount_unit / rate_unit * 1e6)
-    label = f"{reached}, measured: {_span(peaks)} {y_label}"
+    label = f"{reached}, measured: {_span(peaks)} {rate_name}"
     axes.axhspan(min(peaks), max(peaks), color=GREY, linewidth=0, alpha=0.25)
     axes.axhline(max(peaks), color=GREY, linewidth=1.4, label=label)
     for name, (color, marker) in markers.items():
         axes.plot([], [], marker, color=color, markersize=8, label=name)
     axes.set_xlabel(f"{x_label} (faint lines: the same time)")
-    axes.set_ylabel(y_label)
+    axes.set_ylabel(rate_name)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     save(figure, path, _title(result))
     return True
 
@@ -81,8 +88,10 @@ def _frame(axes: Axes, marks: np.ndarray, peaks: list[float], us: float) -> None
     low, high = low / 2, max(high, *peaks) * 1.6
     axes.set_xlim(left, right)
     axes.set_ylim(low, high)
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis, span in ((axes.xaxis, right / left), (axes.yaxis, high / low)):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1e3 else (1,)))
         axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter(NullFormatter())
     for time, text in _TIMES.items():
         ends = np.array([left, right])
         axes.plot(ends, ends * us / time, color="#e3e6e8", linewidth=0.8, zorder=0)

@@ -99,9 +99,9 @@ def _appends(lines: Sequence[AppendLine]) -> Table:
 
 
 def _products(lines: Sequence[LearnLine]) -> Table:
-    table = _box("B x L", "LeanK us", "range", "MB", "TFLOP/s", "of peak", "bound us")
+    table = _box("B x L", "LeanK us", "range", "MB", "TFLOP/s", "of matmul", "bound us")
     for line in lines:
-        speed = f"{line.needed_bytes / 1e6:,.2f}", f"{line.tflop_s:.3g}", f"{line.share:.0%}"
+        speed = f"{line.needed_bytes / 1e6:,.2f}", f"{line.tflop_s:.3g}", f"{line.of_product:.0%}"
         table.add_row(str(line.shape), *_timing(line.us), *speed, _us(line.bound_us))
     return table
 

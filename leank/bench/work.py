@@ -1,10 +1,11 @@
-"""What ``leank bench`` decode and append are asked; needs neither torch nor a GPU."""
+"""What ``leank bench`` is asked; needs neither torch nor a GPU."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,12 @@ _SHAPES = {
 # What a CPU with two cores does within half a minute.
 _CPU_PROFILE, _CPU_LAYERS = "llama-3.1-8b", 4
 _CPU_SHAPES = (Shape(1, 4096), Shape(1, 32768))
+_GPU_DTYPES = ("bfloat16", "float16")
+# A query always sees its own token whole: recent is 1 at least.
+_LEAST = {
+    **dict.fromkeys(("q_heads", "heads", "head_dim", "layers", "rounds", "threads", "span"), 1),
+    **{"sink": 0, "recent": 1, "seed": 0},
+}
 _GPU_DTYPES = ("bfloat16", "float16")
 # A query always sees its own token whole: recent is 1 at least.
 _LEAST = {"q_heads": 1, "layers": 1, "rounds": 1, "threads": 1, "sink": 0, "recent": 1, "seed": 0}
@@ -80,6 +87,20 @@ class Work:
         return self.keep.shape[2]
 
 
+def check_numbers(options: object) -> None:
+    """Raise BenchError where a number of any command's options is too small."""
+    for name, least in _LEAST.items():
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            raise BenchError(f"{name.replace('_', '-')}: expected at least {least}, got {value}")
+
+
+def check_dtype(device: str, dtype: str) -> None:
+    """Raise BenchError where the kernels of a device do not take a type."""
+    if device == "cuda" and dtype not in _GPU_DTYPES:
+        raise BenchError(f"dtype: expected one of {', '.join(_GPU_DTYPES)} on a GPU, got {dtype}")
+
+
 def plan(options: Options) -> list[Work]:
     """Return what the options ask for.
 
@@ -88,14 +109,8 @@ def plan(options: Options) -> list[Work]:
     BenchError
         If an option or the mask file cannot be used.
     """
-    for name, least in _LEAST.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise BenchError(f"{name.replace('_', '-')}: expected at least {least}, got {value}")
-    if options.device == "cuda" and options.dtype not in _GPU_DTYPES:
-        raise BenchError(
-            f"dtype: expected one of {', '.join(_GPU_DTYPES)} on a GPU, got {options.dtype}"
-        )
+    check_numbers(options)
+    check_dtype(options.device, options.dtype)
     for name in ("per_layer", "mixed"):
         if options.device == "cpu" and getattr(options, name):
             raise BenchError(f"{name.replace('_', '-')}: expected --device cuda, got cpu")
@@ -155,3 +170,65 @@ def parse_shape(text: str) -> Shape:
     if not found:
         raise BenchError(f"shapes: expected BxL as 8x8192, got {text!r}")
     return Shape(*(int(n) for n in found.groups()))
+
+
+# ------------------------------------------------------------------- mask learning's attention
+
+# A layer of SmolLM2-135M, and of an 8B model.
+_LEARN_SIZES = {
+    "cpu": {"shapes": ("1x8192",), "q_heads": 9, "heads": 3, "head_dim": 64, "dtype": "float32"},
+    "cuda": {
+        "shapes": ("1x65536", "1x131072"),
+        "q_heads": 32,
+        "heads": 8,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnOptions:
+    """The options of ``leank bench learn``; L of a shape counts context and span."""
+
+    device: str
+    shapes: tuple[Shape, ...]
+    span: int
+    q_heads: int
+    heads: int
+    head_dim: int
+    dtype: str
+    sink: int
+    recent: int
+    rounds: int
+    threads: int | None
+    seed: int
+
+    @property
+    def window(self) -> dict[str, int]:
+        """S0 and W, as keyword arguments."""
+        return {"sink": self.sink, "recent": self.recent}
+
+
+def learn_options(device: str, shapes: tuple[str, ...], **options: Any) -> LearnOptions:
+    """Return what is asked, with the device's default where an option is None.
+
+    Raises
+    ------
+    BenchError
+        If an option cannot be used.
+    """
+    given = {**options, "shapes": shapes or None}
+    chosen = {k: x for k, x in given.items() if x is not None or k == "threads"}
+    asked = LearnOptions(device=device, **_LEARN_SIZES[device] | chosen)
+    check_numbers(asked)
+    check_dtype(device, asked.dtype)
+    if asked.q_heads % asked.heads:
+        raise BenchError(f"q-heads: expected a multiple of {asked.heads}, got {asked.q_heads}")
+    asked = dataclasses.replace(asked, shapes=tuple(map(parse_shape, asked.shapes)))
+    for shape in asked.shapes:
+        if shape.length < asked.span:
+            raise BenchError(
+                f"shapes: expected at least the span's {asked.span} tokens, got {shape}"
+            )
+    return asked
