@@ -46,6 +46,13 @@ _DType = Annotated[
     Literal["float32", "bfloat16", "float16"],
     typer.Option(metavar="TYPE", help="float32 (on a CPU), bfloat16 or float16."),
 ]
+_DeviceDType = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        metavar="TYPE",
+        help="float32 (on a CPU, its default), bfloat16 (a GPU's default) or float16.",
+    ),
+]
 _Rounds = Annotated[int, typer.Option(help="Rounds that a median is of.")]
 _Sink = Annotated[int, typer.Option(help="First tokens to keep whole.")]
 _Recent = Annotated[int, typer.Option(help="Last tokens to keep whole.")]
@@ -129,13 +136,7 @@ def learn(
     q_heads: Annotated[int | None, typer.Option(help="Default: 9, on a GPU 32.")] = None,
     heads: Annotated[int | None, typer.Option(help="KV heads; default: 3, on a GPU 8.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Default: 64, on a GPU 128.")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(
-            metavar="TYPE",
-            help="float32 (on a CPU), bfloat16 or float16; default: the first for the device.",
-        ),
-    ] = None,
+    dtype: _DeviceDType = None,
     sink: _Sink = 64,
     recent: _Recent = 512,
     rounds: _Rounds = 7,
@@ -160,6 +161,58 @@ def learn(
         return run(asked, progress)
 
     _run("learn", start, json_file, png)
+
+
+@app.command()
+def generate(
+    device: _Device = "cpu",
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BxLxNEW,...",
+            help="Rows x prompt x new tokens; default: 1x8192x8, on a GPU "
+            "16x32768x128, 52x4096x128, 1x4096x256, 1x32768x256.",
+        ),
+    ] = None,
+    contenders: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,...", help="Some of dynamic, eager, static, pages, leank; leank is one."
+        ),
+    ] = None,
+    prompt: Annotated[
+        bool, typer.Option("--prompt", help="Read the prompt, do not fill caches.")
+    ] = False,
+    shape: Annotated[
+        Literal["8b", "small", "tiny"] | None,
+        typer.Option(metavar="NAME", help="Sizes of the model: 8b (a GPU's default), small, tiny."),
+    ] = None,
+    dtype: _DeviceDType = None,
+    sink: _Sink = 128,
+    recent: _Recent = 896,
+    rounds: _Rounds = 3,
+    threads: _Threads = None,
+    seed: _Seed = 0,
+    json_file: _Json = None,
+    png: _Png = None,
+) -> None:
+    """Time decode of generate() against transformers' caches, with random weights.
+
+    Prints ms a step, tokens per second, bytes of the caches, peak memory on a
+    GPU and, with --prompt, the time to the first token.
+    """
+    options = _but_files(locals())
+
+    def start(progress: Console) -> Iterator[Result]:
+        from leank.bench.work import generate_options
+
+        names = {name: _parts(options[name]) for name in ("cases", "contenders")}
+        asked = generate_options(**options | names)
+        from leank.bench.generate import run
+
+        return run(asked, progress)
+
+    _run("generate", start, json_file, png)
 
 
 def _but_files(options: dict[str, Any]) -> dict[str, Any]:

@@ -176,11 +176,27 @@ class GenerateLine(Line):
     own_us: dict[str, Timing]
     own_bytes: dict[str, float]
     weight_bytes: int
-    cache_bytes: int  # of a dense cache of all tokens
-    # By contender; peak memory is known on a GPU, the cache's own bytes for LeanK.
-    first_s: dict[str, float]
+    dense_cache_bytes: int  # of all tokens
+    # By contender; peak memory is known on a GPU, and the first token counts where it is read.
+    cache_bytes: dict[str, int]
     peak_memory: dict[str, int]
-    kv_bytes: dict[str, int]
+    first_s: dict[str, float]
+
+    @property
+    def cache_share(self) -> float:
+        """Bytes of LeanK's cache by those of a dense one."""
+        return self.cache_bytes["leank"] / self.dense_cache_bytes
+
+    @property
+    def most_memory(self) -> float:
+        """The peak that LeanK was to stay below: 2% and 1 GiB above weights and cache."""
+        return 1.02 * (self.weight_bytes + self.cache_bytes["leank"]) + 2**30
+
+    @property
+    def pages_gain(self) -> float | None:
+        """Time with a mask that keeps everything by LeanK's."""
+        pages = self.own_us.get("pages")
+        return None if pages is None else pages.median / self.us.median
 
     def amounts(self) -> dict[str, tuple[float, Timing]]:
         """Return what each contender has to read in a step, and its time, by its name."""

@@ -44,7 +44,7 @@ def draw(path: Path, result: Result) -> bool:
     axes = figure.subplots()
     markers: dict[str, tuple[str, str]] = {}
     marks = []
-    for line in lines:
+    for i, line in enumerate(lines):
         for name, (amount, us) in line.amounts().items():
             if us.median <= 0:  # a difference of times that is less than they vary
                 continue
@@ -55,8 +55,12 @@ def draw(path: Path, result: Result) -> bool:
             axes.vlines(x, low, min(high, 2 * y), color=color, linewidth=1)
             axes.plot(x, y, marker, color=color, markersize=8, markeredgecolor="white")
             if name in ("LeanK", line.best):
-                place = {"xytext": (9, -3), "textcoords": "offset points"}
-                axes.annotate(str(line.shape), (x, y), fontsize=9, color=color, **place)
+                # Those that move the same would write over each other on one side.
+                place = {"xytext": (9, -3), "ha": "left"}
+                if i % 2:
+                    place = {"xytext": (-9, -3), "ha": "right"}
+                place |= {"textcoords": "offset points", "fontsize": 9, "color": color}
+                axes.annotate(str(line.shape), (x, y), **place)
     peaks = [line.peak / rate_unit for line in lines]
     _frame(axes, np.array(marks), peaks, amount_unit / rate_unit * 1e6)
     label = f"{reached}, measured: {_span(peaks)} {rate_name}"
@@ -67,7 +71,7 @@ def draw(path: Path, result: Result) -> bool:
     axes.set_xlabel(f"{x_label} (faint lines: the same time)")
     axes.set_ylabel(rate_name)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     save(figure, path, _title(result))
     return True
 

@@ -23,8 +23,6 @@ from leank.bench.lines import (
 )
 from leank.bench.lines import Table as ResultTable
 
-_GIB = 2**30
-
 
 def print_report(result: Result, console: Console, *, peers: bool = True) -> None:
     """Print the result, in colour if the console has any; 80 columns are enough.
@@ -115,43 +113,42 @@ def _memory(lines: Sequence[LearnLine]) -> Table:
     return table
 
 
-def _generated(lines: Sequence[GenerateLine]) -> Table:
-    """One row for each contender, those of a case together."""
-    names = ("who", "ms a step", "range", "tokens/s", "first s", "peak GiB", "KV GiB", "GB/s")
-    table = _box("B x L x new", *names)
-    table.columns[1].justify = "left"
-    for line in lines:
-        contenders = {**line.dense_us, "leank": line.us, **line.own_us}
-        for i, (name, us) in enumerate(contenders.items()):
-            peak, kv = (x.get(name) for x in (line.peak_memory, line.kv_bytes))
-            n_bytes = line.needed_bytes if name == "leank" else line.own_bytes.get(name)
-            n_bytes = line.dense_bytes if n_bytes is None else n_bytes
-            table.add_row(
-                "" if i else str(line.shape),
-                name,
-                f"{us.median / 1e3:,.2f}",
-                _range(us),
-                f"{line.shape.n_rows / us.median * 1e6:,.1f}",
-                f"{line.first_s[name]:.2f}",
-                "-" if peak is None else f"{peak / _GIB:.2f}",
-                "-" if kv is None else f"{kv / _GIB:.3g}",
-                f"{n_bytes / us.median / 1e3:,.1f}",
-                end_section=i == len(contenders) - 1,
-            )
+def _contenders(lines: Sequence[GenerateLine]) -> Table:
+    """One row for each contender; a table has one case."""
+    (line,) = lines
+    columns = {
+        "first token s": {name: f"{s:.2f}" for name, s in line.first_s.items()},
+        "peak GiB": {name: _gib(n) for name, n in line.peak_memory.items()},
+        "KV GiB": {name: _gib(n) for name, n in line.cache_bytes.items()},
+    }
+    columns = {name: values for name, values in columns.items() if values}
+    table = _box("contender", "ms a step", "range", "tokens/s", *columns)
+    for name, us in {**line.dense_us, "leank": line.us, **line.own_us}.items():
+        rate = f"{line.shape.n_rows / us.median * 1e6:,.1f}"
+        rest = (values.get(name, "-") for values in columns.values())
+        table.add_row(name, f"{us.median / 1e3:,.2f}", _range(us), rate, *rest)
     return table
 
 
 def _generate_gains(lines: Sequence[GenerateLine]) -> Table:
-    names = "against", "gain", "pages", "bytes", "of peak", "bound ms", "KV of dense"
-    table = _box("B x L x new", *names)
-    for line in lines:
-        best, gain = line.best or "-", "-" if line.gain is None else f"{line.gain:.2f}x"
-        pages = line.own_us.get("pages")
-        kv = line.kv_bytes["leank"] / line.cache_bytes
-        row = f"{line.byte_ratio:.2f}", f"{line.share:.0%}", f"{line.bound_us / 1e3:,.2f}"
-        over = "-" if pages is None else f"{pages.median / line.us.median:.2f}x"
-        table.add_row(str(line.shape), best, gain, over, *row, f"{kv:.3f}")
-    return table
+    (line,) = lines
+    words = {}
+    if line.best is not None:
+        words[f"against {line.best}"] = f"{line.gain:.2f}x as fast"
+    if line.pages_gain is not None:
+        words["against pages"] = f"{line.pages_gain:.2f}x as fast"
+    bound = f"{line.byte_ratio:.2f}x fewer than dense, bound {line.bound_us / 1e3:,.2f} ms"
+    words["bytes"] = f"{line.needed_bytes / 1e9:,.3f} GB a step, {bound}"
+    words["rate"] = f"{line.gb_s:,.1f} GB/s, {line.share:.0%} of peak"
+    words["KV"] = f"{line.cache_share:.3f} of a dense cache"
+    if "leank" in line.peak_memory:
+        most = f"of at most {_gib(line.most_memory)}"
+        words["peak memory"] = f"{_gib(line.peak_memory['leank'])} {most} GiB"
+    return _facts(words)
+
+
+def _gib(n: float) -> str:
+    return f"{n / 2**30:,.3g}" if n < 2**30 else f"{n / 2**30:,.2f}"
 
 
 # ------------------------------------------------------------------------- LeanK against others
@@ -214,7 +211,7 @@ _KINDS: dict[type, tuple[Callable[[list], Table], ...]] = {
     Line: (_rates, _gains),
     AppendLine: (_appends, _time_gains),
     LearnLine: (_products, _time_gains, _memory),
-    GenerateLine: (_generated, _generate_gains),
+    GenerateLine: (_contenders, _generate_gains),
     LayerLine: (_layers,),
     MixedLine: (_mixes,),
 }

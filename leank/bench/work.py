@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import leank
-from leank.bench.lines import Shape
+from leank.bench.lines import Case, Shape
 from leank.bench.profiles import load_profiles
 
 _TABLE = [(64, 32768), (16, 32768), (1, 131072), (64, 4096), (8, 8192), (1, 1024), (1, 4096)]
@@ -232,3 +232,86 @@ def learn_options(device: str, shapes: tuple[str, ...], **options: Any) -> Learn
                 f"shapes: expected at least the span's {asked.span} tokens, got {shape}"
             )
     return asked
+
+
+# ------------------------------------------------------------------------------------- generate()
+
+PEERS = ("dynamic", "static")
+# Eager ones first: a compiler that was loaded makes Python slower.
+_CONTENDERS = ("dynamic", "eager", "static", "pages", "leank")
+_GENERATE_SIZES = {
+    "cpu": {
+        "cases": ("1x8192x8",),
+        # Nothing is captured on a CPU: eager would be leank.
+        "contenders": (*PEERS, "pages", "leank"),
+        "shape": "small",
+        "dtype": "float32",
+    },
+    "cuda": {
+        "cases": ("16x32768x128", "52x4096x128", "1x4096x256", "1x32768x256"),
+        "contenders": _CONTENDERS,
+        "shape": "8b",
+        "dtype": "bfloat16",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The options of ``leank bench generate``; a case is rows x prompt x new tokens."""
+
+    device: str
+    cases: tuple[Case, ...]
+    contenders: tuple[str, ...]
+    prompt: bool  # read it, instead of filling caches
+    shape: str
+    dtype: str
+    sink: int
+    recent: int
+    rounds: int
+    threads: int | None
+    seed: int
+
+    @property
+    def window(self) -> dict[str, int]:
+        """S0 and W, as keyword arguments."""
+        return {"sink": self.sink, "recent": self.recent}
+
+
+def generate_options(
+    device: str, cases: tuple[str, ...], contenders: tuple[str, ...], **options: Any
+) -> GenerateOptions:
+    """Return what is asked, with the device's default where an option is None or empty.
+
+    Contenders come in the order of ``_CONTENDERS``.
+
+    Raises
+    ------
+    BenchError
+        If an option cannot be used.
+    """
+    given = {**options, "cases": cases or None, "contenders": contenders or None}
+    chosen = {k: x for k, x in given.items() if x is not None or k == "threads"}
+    asked = GenerateOptions(device=device, **_GENERATE_SIZES[device] | chosen)
+    check_numbers(asked)
+    check_dtype(device, asked.dtype)
+    for name in asked.contenders:
+        if name not in _CONTENDERS:
+            raise BenchError(f"contenders: expected some of {', '.join(_CONTENDERS)}, got {name!r}")
+    if "leank" not in asked.contenders:
+        raise BenchError(
+            f"contenders: expected leank among them, got {', '.join(asked.contenders)}"
+        )
+    ordered = tuple(name for name in _CONTENDERS if name in asked.contenders)
+    cases = tuple(_case(text) for text in asked.cases)
+    return dataclasses.replace(asked, cases=cases, contenders=ordered)
+
+
+def _case(text: str) -> Case:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise BenchError(f"cases: expected BxLxNEW as 16x32768x128, got {text!r}")
+    case = Case(*(int(n) for n in found.groups()))
+    if case.n_new < 2:
+        raise BenchError(f"cases: expected at least 2 new tokens, got {case}")
+    return case

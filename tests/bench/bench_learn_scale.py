@@ -19,40 +19,16 @@ import torch
 import transformers
 
 import leank
+from leank.bench import machine
+from leank.bench.random_models import SHAPES, draw_model
 from leank.learning.parallel import find_world, local_rank
 from leank.learning.run import Event
-from tests.bench import lib
-
-COMMON = {"num_key_value_heads": 8, "rope_theta": 500000.0, "tie_word_embeddings": False}
-SHAPES = {
-    "8b": COMMON
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "vocab_size": 128256,
-    },
-    "tiny": COMMON
-    | {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 16,
-        "vocab_size": 128256,
-    },
-}
 
 
-def draw_model(args: argparse.Namespace, device: torch.device) -> transformers.PreTrainedModel:
-    """Draw the weights where they are used; on a CPU those of 8B would take minutes."""
-    config = transformers.LlamaConfig(
-        max_position_embeddings=args.length, attn_implementation="sdpa", **SHAPES[args.shape]
-    )
+def make_model(args: argparse.Namespace, device: torch.device) -> transformers.PreTrainedModel:
+    """Draw the weights, and spread the layers if they are to be."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    torch.manual_seed(args.seed)
-    with device:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = draw_model(args.shape, args.length, args.seed, device, dtype)
     return split(model) if args.split else model
 
 
@@ -124,12 +100,11 @@ def main() -> None:
         torch.cuda.set_device(device)
     world = find_world(device)
     if world.rank == 0:
-        machine = lib.machine(torch.get_num_threads(), args.seed)
-        machine |= lib.gpu() if device.type == "cuda" else {}
-        print("\n".join(f"{key}: {value}" for key, value in machine.items()))
+        facts = machine.facts(device.type, args.seed)
+        print("\n".join(f"{key}: {value}" for key, value in facts.items()))
         print(f"{vars(args)}, {world.size} processes", flush=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-    model = draw_model(args, device)
+    model = make_model(args, device)
     clock.lap("drawing the weights")
     n_samples = args.rows * world.size
     leank.learn(
