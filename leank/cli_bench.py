@@ -263,7 +263,8 @@ def _run(
 def _measure(
     start: Callable[[Console], Iterator[Result]], json_file: Path | None, png: Path | None
 ) -> None:
-    if png is not None:  # before what takes minutes
+    _check_files(json_file, png)  # before what takes minutes
+    if png is not None:
         from leank.bench.picture import draw
     steps = start(Console(stderr=True))
     from leank.bench.report import print_report
@@ -274,6 +275,16 @@ def _measure(
     print_report(result, Console(), peers=json_file is None)
     if png is not None:
         _draw(draw, png, result)
+
+
+def _check_files(json_file: Path | None, png: Path | None) -> None:
+    from leank.bench.work import BenchError
+
+    for name, path in (("json", json_file), ("png", png)):
+        if path is not None and not path.parent.is_dir():
+            raise BenchError(f"{name}: {path.parent}: no such folder")
+    if png is not None and png.suffix != ".png":
+        raise BenchError(f"png: expected a name that ends in .png, got {png}")
 
 
 def _missing(error: ImportError) -> str:
@@ -302,7 +313,7 @@ def _draw(draw: Callable[[Path, Result], bool], path: Path, result: Result) -> N
 
     try:
         drawn = draw(path, result)
-    except (OSError, ValueError) as error:  # ValueError: a format that there is not
-        raise BenchError(f"png: {path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise BenchError(f"png: {path}: {error.strerror or error}") from error
     if not drawn:
         raise BenchError("png: nothing was measured that a picture could show")

@@ -33,6 +33,8 @@ def draw(path: Path, result: Result) -> bool:
     Each mark is a contender at a shape. Faint lines connect what takes the same time.
     """
     lines = [x for table in result.tables for x in table.lines if isinstance(x, Line)]
+    # On a GPU storing is a difference of times, which may be less than they vary.
+    lines = [line for line in lines if line.us.median > 0]
     if not lines:
         return False
     units, counted, rate_name, reached = _UNITS[lines[0].what]
@@ -46,8 +48,6 @@ def draw(path: Path, result: Result) -> bool:
     marks = []
     for i, line in enumerate(lines):
         for name, (amount, us) in line.amounts().items():
-            if us.median <= 0:  # a difference of times that is less than they vary
-                continue
             color, marker = markers.setdefault(name, _marker(name, markers))
             x, y = amount / amount_unit, amount / us.median * 1e6 / rate_unit
             low, high = (amount / end * 1e6 / rate_unit for end in (us.high, max(us.low, 1e-9)))

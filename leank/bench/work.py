@@ -28,9 +28,6 @@ _LEAST = {
     **dict.fromkeys(("q_heads", "heads", "head_dim", "layers", "rounds", "threads", "span"), 1),
     **{"sink": 0, "recent": 1, "seed": 0},
 }
-_GPU_DTYPES = ("bfloat16", "float16")
-# A query always sees its own token whole: recent is 1 at least.
-_LEAST = {"q_heads": 1, "layers": 1, "rounds": 1, "threads": 1, "sink": 0, "recent": 1, "seed": 0}
 
 
 class BenchError(Exception):
