@@ -26,8 +26,9 @@ def quick_rates(monkeypatch):
     monkeypatch.setattr(learn, "product_tflop_s", lambda *args: 0.5)
 
 
-def test_end_to_end(tmp_path):
-    """Also the memory, each in a process of its own."""
+def test_end_to_end(tmp_path, monkeypatch):
+    extra = {"leank": 1 << 20, "eager": 3 << 20}
+    monkeypatch.setattr(learn, "_extra_bytes", lambda name, *rest: extra[name])
     (table,), text = found("learn", tmp_path, *WORDS, "--shapes", "2x64", "--rounds", 2)
     assert 0 < table["error"] <= table["bound"] == 1e-5
     assert table["about"] == "T 8, Hq/Hkv 4/2, D 16"
@@ -36,8 +37,7 @@ def test_end_to_end(tmp_path):
     assert line["n_flop"] == 10 * 16 * 2 * 4 * 8 * (64 - 4)
     assert line["tflop_s"] == line["n_flop"] / line["us"]["median"] / 1e6
     assert line["of_product"] == line["tflop_s"] / 0.5
-    if learn._STATUS.exists():
-        assert all(n >= 0 for n in line["extra_bytes"].values())
+    assert line["extra_bytes"] == extra
     assert "checked: largest error" in text and "of matmul" in text and "extra MiB" in text
 
 
@@ -50,6 +50,14 @@ def test_needed_bytes_are_those_of_the_tensors(monkeypatch):
     o, *gradients = learn._make_steps(shape, options)["leank"]()
     written = sum(x.nbytes for x in gradients[:-1])
     assert learn._needed_bytes(shape, options) == 2 * read + 3 * o.nbytes + written
+
+
+@pytest.mark.skipif(not learn._STATUS.exists(), reason="needs Linux")
+def test_extra_memory_is_measured_in_a_process_of_its_own():
+    """Eager keeps its logits, more than one array of B x Hq x T x L float32 at once."""
+    options = learn_options("cpu", (), **FIELDS | {"span": 64})
+    n_bytes = learn._extra_bytes("eager", Shape(1, 16384), options, None)
+    assert n_bytes > 2 * 4 * 4 * 64 * 16384
 
 
 def test_without_the_systems_word_there_is_no_memory(monkeypatch, tmp_path):

@@ -337,9 +337,9 @@ def clear(model: transformers.PreTrainedModel) -> None:
     """Free what a contender left: graphs, and the compiled forward that generate() keeps."""
     for name in ("_compiled_call", "_last_compile_config"):
         model.__dict__.pop(name, None)
-    torch.compiler.reset()
     gc.collect()
-    if torch.cuda.is_available():
+    if model.device.type == "cuda":  # generate() compiles nothing on a CPU
+        torch.compiler.reset()
         torch.cuda.empty_cache()
 
 
