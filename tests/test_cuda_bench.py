@@ -1,4 +1,4 @@
-"""``leank bench`` decode and append on a GPU, as small as it can be; no test asserts a time."""
+"""``leank bench`` on a GPU, as small as it can be; no test asserts a time."""
 
 import json
 
@@ -21,6 +21,8 @@ from leank.bench.peers import PEERS  # noqa: E402
 from leank.bench.truth import attend64, error_bound, relative_error  # noqa: E402
 from leank.bench.work import Options  # noqa: E402
 from leank.cli import app  # noqa: E402
+
+from . import bench_tools  # noqa: E402
 
 # Other libraries warn about what they do not take, and about things that they use themselves.
 pytestmark = [*needs_gpu, pytest.mark.filterwarnings("ignore")]
@@ -85,6 +87,31 @@ def test_storing_a_token(tmp_path):
     ((line,),) = (table["lines"] for table in found(tmp_path / "out.json"))
     assert line["kind"] == "AppendLine" and line["attending_us"]["low"] > 0
     assert line["dense_us"]["index_copy_"]["low"] > 0
+
+
+def test_learn(tmp_path):
+    for package in ("transformers", "matplotlib"):
+        pytest.importorskip(package)
+    words = "--device", "cuda", "--shapes", "1x700,2x64", "--span", 64, "--rounds", 2
+    (table,), _ = bench_tools.found("learn", tmp_path, *words)
+    assert 0 < table["error"] <= table["bound"]
+    for line in table["lines"]:
+        assert line["us"]["low"] > 0 and line["dense_us"]["eager"]["low"] > 0
+        assert all(n >= 0 for n in line["extra_bytes"].values())
+
+
+@pytest.mark.parametrize("options", [(), ("--prompt",)], ids=["filled", "prompt"])
+def test_generate(options, tmp_path):
+    for package in ("transformers", "matplotlib"):
+        pytest.importorskip(package)
+    words = "--device", "cuda", "--shape", "small", "--cases", "2x1500x4", "--rounds", 1, *options
+    (table,), _ = bench_tools.found("generate", tmp_path, *words)
+    assert 0 <= table["error"] <= table["bound"] and table["refusals"] == []
+    (line,) = table["lines"]
+    assert line["dense_us"].keys() == {"dynamic", "static"}
+    assert line["own_us"].keys() == {"pages", "eager"}
+    assert line["cache_bytes"]["leank"] < line["peak_memory"]["leank"]
+    assert len(line["first_s"]) == (5 if options else 0)
 
 
 def test_a_shape_that_does_not_fit_is_reported():

@@ -68,17 +68,15 @@ class OnCuda:
     ) -> Iterator[Line | LayerLine | MixedLine]:
         """Time one shape; what peers refuse goes into the table."""
         options, time = self._options, self._time
-        try:
-            if options.per_layer:
-                yield from details.per_layer(work, shape, time, options)
-            if options.append:
-                yield details.append(work, shape, time, options, self._peak_gb_s)
-            if options.mixed:
-                yield details.mixed(work, shape, time, options)
-            if not (options.per_layer or options.append or options.mixed):
-                yield self._against_peers(work, shape, table)
-        finally:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # what the last shape held, also if it ran out of memory
+        if options.per_layer:
+            yield from details.per_layer(work, shape, time, options)
+        if options.append:
+            yield details.append(work, shape, time, options, self._peak_gb_s)
+        if options.mixed:
+            yield details.mixed(work, shape, time, options)
+        if not (options.per_layer or options.append or options.mixed):
+            yield self._against_peers(work, shape, table)
 
     def _against_peers(self, work: Work, shape: Shape, table: Table) -> Line:
         us = self._leank(work, shape)

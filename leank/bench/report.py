@@ -37,7 +37,7 @@ def print_report(result: Result, console: Console, *, peers: bool = True) -> Non
             if lines := [line for line in table.lines if type(line) is kind]:
                 for draw in tables:
                     console.print(draw(lines))
-                if peers and any(isinstance(x, Line) and len(x.dense_us) > 1 for x in lines):
+                if peers and kind in (Line, AppendLine) and any(len(x.dense_us) > 1 for x in lines):
                     console.print(_all_peers(lines))
         if table.refusals:
             console.print(_refusals(table))
