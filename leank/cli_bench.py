@@ -221,8 +221,12 @@ def _but_files(options: dict[str, Any]) -> dict[str, Any]:
 
 def _decode(command: str, json_file: Path | None, png: Path | None, **options: Any) -> None:
     def start(progress: Console) -> Iterator[Result]:
-        from leank.bench.work import Options, plan
+        from leank.bench.work import BenchError, Options, plan
 
+        if png is not None and (options.get("per_layer") or options.get("mixed")):
+            raise BenchError(
+                "png: expected none with --per-layer or --mixed, whose lines have no peers"
+            )
         shapes = options.pop("shapes")
         asked = Options(**options, shapes=_parts(shapes))
         works = plan(asked)

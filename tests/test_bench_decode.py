@@ -102,6 +102,7 @@ def test_a_mask_file_instead_of_a_profile(mask_file):
         (["--threads", "0"], "threads: expected at least 1, got 0"),
         (["--per-layer"], "per-layer: expected --device cuda, got cpu"),
         (["--mixed"], "mixed: expected --device cuda, got cpu"),
+        (["--mixed", "--png", "x.png"], "png: expected none with --per-layer or --mixed"),
         (
             ["--device", "cuda", "--dtype", "float32"],
             "dtype: expected one of bfloat16, float16 on a GPU, got float32",

@@ -66,6 +66,19 @@ def test_without_the_systems_word_there_is_no_memory(monkeypatch, tmp_path):
     assert [line["extra_bytes"] for line in table["lines"]] == [{"leank": None, "eager": None}] * 2
 
 
+def test_where_eager_has_no_room_leank_is_timed_alone(monkeypatch, tmp_path):
+    def no_room(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(learn, "_eager", no_room)
+    monkeypatch.setattr(learn, "_STATUS", tmp_path / "none")
+    (table,), text = found("learn", tmp_path, *WORDS, "--shapes", "1x30", "--rounds", 1)
+    (line,) = table["lines"]
+    assert line["dense_us"] == {} and line["gain"] is None and table["error"] is None
+    assert "not checked" in text
+    assert "no eager at 1x30: CUDA out of memory. leank was not checked there." in text
+
+
 @pytest.mark.parametrize("spoilt", [1.001, float("nan")])
 def test_a_wrong_gradient_ends_it(spoilt, monkeypatch):
     grad = torch.autograd.grad

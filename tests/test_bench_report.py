@@ -116,9 +116,13 @@ def test_append():
     assert peer == ["3.00x", "index_copy_", "15.0", "-5% +10%"]
 
 
-def test_a_difference_below_zero_has_no_rate():
-    own, _ = rows(printed(result_of(append(BIG, -2.0))), str(BIG))
-    assert own[0] == "-2.0" and own[5] == "-"
+@pytest.mark.parametrize("us", [-2.0, 0.0])
+def test_a_difference_that_is_not_above_zero_has_no_rate(us):
+    result = result_of(append(BIG, us))
+    own, peer = rows(printed(result), str(BIG))
+    assert own[0] == f"{us:.1f}" and own[5] == "-" and peer[:2] == ["-", "index_copy_"]
+    (line,) = as_json(result)["tables"][0]["lines"]
+    assert line["gb_s"] is line["share"] is line["gain"] is None
 
 
 def test_learn():
@@ -148,7 +152,7 @@ def test_generate():
 def test_what_was_not_compared_says_so():
     result = result_of(decode(BIG))
     result.tables[0].error = None
-    assert "not checked: no dense contender had room" in printed(result)
+    assert "not checked: there was nothing to compare with" in printed(result)
 
 
 def test_json_of_each_kind_of_line():

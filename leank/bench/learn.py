@@ -105,7 +105,8 @@ def _measure(
     try:
         table.checked(_check(steps, options, str(shape)))
     except torch.OutOfMemoryError as error:
-        table.refusals.append(Refusal("eager", shape, str(error).splitlines()[0]))
+        reason = f"{str(error).splitlines()[0]} leank was not checked there."
+        table.refusals.append(Refusal("eager", shape, reason))
         del steps["eager"]
         torch.cuda.empty_cache()
     times = alternate(

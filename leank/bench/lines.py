@@ -84,14 +84,19 @@ class Line:
     peak_gb_s: float  # of memory, as measured beside
 
     @property
-    def gb_s(self) -> float:
-        """Needed bytes per time, in 1e9 bytes per second."""
-        return self.needed_bytes / self.us.median / 1e3
+    def has_rate(self) -> bool:
+        """False where the time is a difference of two, and not above 0."""
+        return self.us.median > 0
 
     @property
-    def share(self) -> float:
+    def gb_s(self) -> float | None:
+        """Needed bytes per time, in 1e9 bytes per second."""
+        return self.needed_bytes / self.us.median / 1e3 if self.has_rate else None
+
+    @property
+    def share(self) -> float | None:
         """`gb_s` by what memory reaches."""
-        return self.gb_s / self.peak_gb_s
+        return self.gb_s / self.peak_gb_s if self.has_rate else None
 
     @property
     def bound_us(self) -> float:
@@ -111,7 +116,9 @@ class Line:
     @property
     def gain(self) -> float | None:
         """Time of the fastest peer by LeanK's."""
-        return None if self.best is None else self.dense_us[self.best].median / self.us.median
+        if self.best is None or not self.has_rate:
+            return None
+        return self.dense_us[self.best].median / self.us.median
 
     @property
     def peak(self) -> float:

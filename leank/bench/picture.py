@@ -33,8 +33,7 @@ def draw(path: Path, result: Result) -> bool:
     Each mark is a contender at a shape. Faint lines connect what takes the same time.
     """
     lines = [x for table in result.tables for x in table.lines if isinstance(x, Line)]
-    # On a GPU storing is a difference of times, which may be less than they vary.
-    lines = [line for line in lines if line.us.median > 0]
+    lines = [line for line in lines if line.has_rate]
     if not lines:
         return False
     units, counted, rate_name, reached = _UNITS[lines[0].what]
@@ -52,7 +51,7 @@ def draw(path: Path, result: Result) -> bool:
             x, y = amount / amount_unit, amount / us.median * 1e6 / rate_unit
             low, high = (amount / end * 1e6 / rate_unit for end in (us.high, max(us.low, 1e-9)))
             marks.append((x, y))
-            axes.vlines(x, low, min(high, 2 * y), color=color, linewidth=1)
+            axes.vlines(x, low, high, color=color, linewidth=1)
             axes.plot(x, y, marker, color=color, markersize=8, markeredgecolor="white")
             if name in ("LeanK", line.best):
                 # Those that move the same would write over each other on one side.

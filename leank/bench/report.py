@@ -55,7 +55,7 @@ def _facts(facts: Mapping[str, object]) -> Table:
 
 def _heading(table: ResultTable) -> Group:
     if table.error is None:
-        check = Text(" not checked: no dense contender had room", style="red")
+        check = Text(" not checked: there was nothing to compare with", style="red")
     else:
         check = Text(
             f" checked: largest error {table.error:.1e} {table.measure}, bound {table.bound:.1e}",
@@ -88,8 +88,7 @@ def _appends(lines: Sequence[AppendLine]) -> Table:
     names = "store us", "range", "attend us", "adds", "KB", "GB/s", "bound us"
     table = _box("B x L", *names)
     for line in lines:
-        # On a GPU it is a difference of two times, which may be less than they vary.
-        rate = f"{line.gb_s:,.2f}" if line.us.median > 0 else "-"
+        rate = f"{line.gb_s:,.2f}" if line.has_rate else "-"
         added = _us(line.attending_us.median), f"{line.added:.1%}"
         speed = f"{line.needed_bytes / 1e3:,.1f}", rate, f"{line.bound_us:.2f}"
         table.add_row(str(line.shape), *_timing(line.us), *added, *speed)
@@ -172,7 +171,8 @@ def _time_gains(lines: Sequence[Line]) -> Table:
     for line in lines:
         row = ["-"] * 4
         if line.best is not None:
-            row = [f"{line.gain:.2f}x", line.best, *_timing(line.dense_us[line.best])]
+            gain = f"{line.gain:.2f}x" if line.has_rate else "-"
+            row = [gain, line.best, *_timing(line.dense_us[line.best])]
         table.add_row(str(line.shape), *row)
     return table
 
@@ -239,5 +239,7 @@ def _timing(us: Timing) -> tuple[str, str]:
 
 def _range(us: Timing) -> str:
     """Return how far the fastest and the slowest round are from the median."""
+    if us.median <= 0:  # a difference of two times
+        return f"{us.low:.1f} to {us.high:.1f}"
     low, high = (f"{x / us.median - 1:+.0%}" for x in (us.low, us.high))
     return f"{low} {high}"
