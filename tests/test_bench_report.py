@@ -1,5 +1,6 @@
 """What ``leank bench`` prints and draws, of numbers that were made up."""
 
+import dataclasses
 import io
 import json
 
@@ -147,6 +148,15 @@ def test_generate():
         "peak memory 52.00 of at most 53.02 GiB",
     ):
         assert said in words, said
+
+
+def test_times_that_vary_much_are_pointed_out():
+    line = decode(BIG)
+    assert "something else running" not in printed(result_of(line))
+    for us in (Timing(9.0, 8.0, 14.0), Timing(9.0, 5.0, 9.0)):
+        assert "something else running" in printed(result_of(dataclasses.replace(line, us=us)))
+    peers = {"cudnn": Timing(9.0, 5.0, 9.0)}
+    assert "something else" in printed(result_of(dataclasses.replace(line, dense_us=peers)))
 
 
 def test_what_was_not_compared_says_so():

@@ -42,6 +42,16 @@ def print_report(result: Result, console: Console, *, peers: bool = True) -> Non
         if table.refusals:
             console.print(_refusals(table))
     console.print(Text("\n" + result.how, style="dim"))
+    if any(_varies(line) for table in result.tables for line in table.lines):
+        text = "Times vary by more than half: is something else running? Numbers may mislead."
+        console.print(Text(text, style="red"))
+
+
+def _varies(line: object) -> bool:
+    if not isinstance(line, Line) or not line.has_rate:
+        return False
+    times = [line.us, *line.dense_us.values()]
+    return any(us.high > 1.5 * us.median or us.low < us.median / 1.5 for us in times)
 
 
 def _facts(facts: Mapping[str, object]) -> Table:
