@@ -51,7 +51,7 @@ class Settings:
     lr, stage2_lr : float
         Highest learning rates.
     penalty : float
-        lambda, the weight of mean |alpha| in stage 1.
+        lambda, the weight of mean ``|alpha|`` in stage 1.
     gradual : float
         Share of the steps of stage 2 during which the ratio rises from 0.8 of itself; 0: none.
     fade : float
