@@ -29,25 +29,23 @@ autodoc_mock_imports = ["leank._cuda"]  # leank.cuda is described without it
 napoleon_use_ivar = True  # else attributes that are properties too come twice
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say types, and shapes in letters
-exclude_patterns = ["README.md"]
 
 # A page that is one link shows the file that it leads to.
 _ONE_LINK = re.compile(r"\[[^]]+\]\((\.\./[^)]+)\)\s*")
-_LINK = re.compile(r"(!?)\[([^]]*)\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
-_CODE = re.compile(r"^```.*?^```$", re.M | re.S)
+# Brackets in code are no links.
+_CODE_OR_LINK = re.compile(
+    r"^```.*?^```$|`[^`\n]+`|(!?)\[([^]]*)\]\((?!https?:)([^)#]*)(#[^)]*)?\)", re.M | re.S
+)
 
 
-def _sources() -> dict[Path, str]:
-    """Return the pages, by the file that has their text."""
-    pages = {}
-    for page in (ROOT / "docs").glob("*.md"):
-        link = _ONE_LINK.fullmatch(page.read_text(encoding="utf-8"))
-        pages[(page.parent / link[1]).resolve() if link else page] = page.stem
-    return pages
+def _file_of(page: Path) -> Path:
+    link = _ONE_LINK.fullmatch(page.read_text(encoding="utf-8"))
+    return (page.parent / link[1]).resolve() if link else page
 
 
-_PAGES = _sources()
-_FILES = {page: file for file, page in _PAGES.items()}
+_FILES = {page.stem: _file_of(page) for page in (ROOT / "docs").glob("*.md")}
+_PAGES = {file: name for name, file in _FILES.items()}
+_PAGES |= {ROOT / "docs" / f"{name}.md": name for name in _FILES}
 
 
 def read_page(app: Sphinx, page: str, content: list[str]) -> None:
@@ -57,23 +55,20 @@ def read_page(app: Sphinx, page: str, content: list[str]) -> None:
     app.env.note_dependency(str(file))
 
     def link(found: re.Match[str]) -> str:
-        image, words, path, anchor = found[1], found[2], found[3], found[4] or ""
+        image, words, path, anchor = found.groups()
+        if path is None:
+            return found[0]
         target = (file.parent / path).resolve() if path else file
         if not target.exists():
             raise ExtensionError(f"{file}: expected a file, got a link to {path}")
         if image:
             return f"![{words}]({target.relative_to(ROOT / 'docs')})"
         if target in _PAGES:
-            return f"[{words}]({_PAGES[target]}.md{anchor})"
-        return f"{words} (`{target.relative_to(ROOT)}`)"
+            return f"[{words}]({_PAGES[target]}.md{anchor or ''})"
+        where = str(target.relative_to(ROOT))
+        return f"`{where}`" if where.endswith(words) else f"{words} (`{where}`)"
 
-    code = [*_CODE.finditer(text), None]
-    parts, start = [], 0
-    for block in code:  # brackets in code are no links
-        parts.append(_LINK.sub(link, text[start : block.start() if block else None]))
-        parts.append(block[0] if block else "")
-        start = block.end() if block else None
-    content[0] = "".join(parts)
+    content[0] = _CODE_OR_LINK.sub(link, text)
     if page == "index":
         content[0] += _CONTENTS
     if page == "cli":

@@ -63,6 +63,9 @@ def inspect(
         _refuse_beside_two(given | {"pictures": pictures})
         _compare(mask, other, as_json)
         return
+    if pictures is not None:
+        with needing("learn", "matplotlib", option="pictures"):
+            import leank.pictures  # noqa: F401
     window = {"sink": sink, "recent": recent}
     read = dataclasses.replace(
         _mask(mask), **{name: n for name, n in window.items() if n is not None}
@@ -188,8 +191,8 @@ def _ids(tokenizer: Any, path: Path, n: int | None, config: Any, mask: ChannelMa
 
 
 def _draw(folder: Path, found: Inspection, name: str) -> None:
-    with needing("learn", "matplotlib", option="pictures"):
-        from leank.pictures import draw
+    from leank.pictures import draw
+
     try:
         paths = draw(folder, found, f"{name}: {found.mask.ratio:.1%} of K dropped")
     except OSError as error:
