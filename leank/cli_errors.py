@@ -45,7 +45,7 @@ class _PlainHelp:
     def get_params(self, ctx: typer.Context) -> list[Any]:
         params = super().get_params(ctx)
         for param in params:
-            if param.metavar is None:
+            if param.metavar is None and param.param_type_name == "option":
                 param.metavar = _METAVARS.get(param.bare_type())
         return params
 

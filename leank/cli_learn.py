@@ -307,9 +307,10 @@ def _stopped(run: Run | None) -> str:
     if run is None:
         return "stopped before the first step"
     done = f"stopped after {run.n_done} of {run.n_total} steps"
-    if run.n_saved == 0:
+    state = run.folder.load()  # what there is, wherever a save was when the signal came
+    if state is None:
         return f"{done}; none are kept"
-    return f"{done}; {run.n_saved} are kept in {run.plan.folder}, --resume goes on"
+    return f"{done}; {state['n_done']} are kept in {run.plan.folder}, --resume goes on"
 
 
 def _line(plan: Plan, target: Target, mask: ChannelMask) -> str:

@@ -175,8 +175,6 @@ class Run:
     ----------
     tested : callable or None
         Called with the numbers of items done and of all while the report is made.
-    n_done, n_saved : int
-        Steps of all stages so far, and those that the folder has.
 
     Raises
     ------
@@ -203,7 +201,7 @@ class Run:
         self.world = world or find_world(self.model.device)
         self.identity = plan.identity(model)
         self._whole = model
-        self.n_done = self.n_saved = 0
+        self.n_done = 0
         self.done: list[dict[str, Any]] = []  # final states of the targets so far
         self.evaluations: list[Evaluation] = []  # of the report
         self._saved_at = time.monotonic()
@@ -365,7 +363,7 @@ class Run:
         if state is not None and r.resume:
             check_same(self.identity, state["identity"])
             self.done, self._state = state["done"], state["learner"]
-            self.n_done = self.n_saved = state["n_done"]
+            self.n_done = state["n_done"]
         elif state is not None and len(state["done"]) < state["n_targets"]:
             raise ResumeError(
                 f"folder: {self.plan.folder} has a run that stopped after {state['n_done']} steps; "
@@ -411,7 +409,6 @@ class Run:
                 "learner": None if learner is None else learner.state_dict(),
             }
         )
-        self.n_saved = self.n_done
 
     def _alpha(self) -> np.ndarray:
         """Return the factors that stage 1 of all targets ended with."""
