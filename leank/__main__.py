@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> int:
-    """Run the command; returns 2 where its extra is not installed."""
+    """Run the command; returns 2 where its extra is not installed, 130 after Ctrl-C."""
     try:
         from leank.cli import app
     except ModuleNotFoundError as error:
@@ -15,6 +15,9 @@ def main() -> int:
             raise
         print(f"leank: needs {package}: pip install 'leank[cli]'", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("leank: stopped", file=sys.stderr)
+        return 130
     app()
     return 0
 

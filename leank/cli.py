@@ -11,20 +11,26 @@ import typer
 from rich.console import Console
 
 from leank.cli_bench import app as bench
+from leank.cli_errors import Command, CommandError, Group, needing
 from leank.cli_eval import evaluate
-from leank.cli_inspect import MASK, info, inspect
+from leank.cli_inspect import info, inspect
 from leank.cli_learn import learn
+from leank.cli_options import MASK, Recent, Sink
 
 app = typer.Typer(
-    name="leank", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    name="leank",
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 
 app.add_typer(bench)
-app.command()(learn)
-app.command("eval")(evaluate)
-app.command()(inspect)
-app.command()(info)
+app.command(cls=Command)(learn)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(inspect)
+app.command(cls=Command)(info)
 
 
 class DType(enum.StrEnum):
@@ -36,15 +42,19 @@ class DType(enum.StrEnum):
 
 
 @app.callback()
-def _leank() -> None:
+def _leank(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Before a command: its errors come with tracebacks.")
+    ] = False,
+) -> None:
     """Attention over a K cache of which a learned, static part is not stored."""
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME_OR_PATH", help="causal language model; default: SmolLM2-135M."),
+        typer.Option(metavar="NAME_OR_PATH", help="Causal language model; default: SmolLM2-135M."),
     ] = None,
     mask: Annotated[
         str | None,
@@ -58,29 +68,22 @@ def demo(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: what torch uses.")
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Type of weights and cache.")] = DType.float32,
-    sink: Annotated[
-        int | None, typer.Option(min=0, help="First tokens to keep whole; default: the mask's.")
-    ] = None,
-    recent: Annotated[
-        int | None, typer.Option(min=1, help="Last tokens to keep whole; default: the mask's.")
-    ] = None,
+    dtype: Annotated[
+        DType,
+        typer.Option(metavar="TYPE", help="float32, bfloat16 or float16 weights and cache."),
+    ] = DType.float32,
+    sink: Sink = None,
+    recent: Recent = None,
 ) -> None:
     """Let a model find a fact in a long text from a dense and from a pruned cache.
 
     Prints both answers, the bytes of both caches, the time per token and how far the logits differ.
     """
-    try:
-        # Not at the top: torch takes seconds, and --help should not.
+    # Not at the top: torch takes seconds, and --help should not.
+    # transformers does not start without huggingface_hub.
+    with needing("hf", "torch", "transformers", "huggingface_hub"):
         from leank.demo import DemoError, Options, run
         from leank.demo_report import as_predicted, print_report
-    except ImportError as error:
-        # transformers does not start without huggingface_hub.
-        package = (error.name or "").partition(".")[0]
-        if package not in ("torch", "transformers", "huggingface_hub"):
-            raise
-        typer.echo(f"leank demo: needs {package}: pip install 'leank[hf]'", err=True)
-        raise typer.Exit(2) from error
     options = Options(
         model=model,
         mask=mask,
@@ -95,14 +98,13 @@ def demo(
     try:
         result = run(options, bars=Console(stderr=True))
     except DemoError as error:
-        typer.echo(f"leank demo: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise CommandError(error) from error
     print_report(result, Console())
     if not as_predicted(result):
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Command)
 def masks(
     name: Annotated[
         str | None, typer.Argument(metavar="MASK", help=f"{MASK}: tell all of it.")
@@ -133,11 +135,9 @@ def masks(
             else:
                 lines = [{"name": name, **numbers(load_mask(name))}]
     except (MaskFileError, ModuleNotFoundError, ShippedMaskError) as error:
-        typer.echo(f"leank masks: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise CommandError(error) from error
     except OSError as error:
-        typer.echo(f"leank masks: {error.filename}: {error.strerror}", err=True)
-        raise typer.Exit(2) from error
+        raise CommandError(f"{error.filename}: {error.strerror}") from error
     if as_json:
         typer.echo(json.dumps(lines if name is None else lines[0], indent=1))
     elif name is None:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from leank.cli_inspect import MASK
+from leank.cli_errors import Command, CommandError, Group, needing
+from leank.cli_options import MASK
 
 if TYPE_CHECKING:
     from leank.bench.lines import Result
 
 app = typer.Typer(
     name="bench",
+    cls=Group,
     no_args_is_help=True,
     help="Measure LeanK on this machine, against dense attention and the bound from bytes.",
 )
@@ -66,7 +68,7 @@ _Png = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=Command)
 def decode(
     device: _Device = "cpu",
     profile: _Profile = None,
@@ -95,10 +97,10 @@ def decode(
     Results are checked first. Prints time, bytes, their share of what memory
     reaches, and the gain over the best dense peer.
     """
-    _decode("decode", json_file, png, **_but_files(locals()))
+    _decode(json_file, png, **_but_files(locals()))
 
 
-@app.command()
+@app.command(cls=Command)
 def append(
     device: _Device = "cpu",
     profile: _Profile = None,
@@ -120,10 +122,10 @@ def append(
     Against a write into a dense static cache, and on a CPU against one that
     copies itself.
     """
-    _decode("append", json_file, png, append=True, **_but_files(locals()))
+    _decode(json_file, png, append=True, **_but_files(locals()))
 
 
-@app.command()
+@app.command(cls=Command)
 def learn(
     device: _Device = "cpu",
     shapes: Annotated[
@@ -160,10 +162,10 @@ def learn(
 
         return run(asked, progress)
 
-    _run("learn", start, json_file, png)
+    _run(start, json_file, png)
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
     device: _Device = "cpu",
     cases: Annotated[
@@ -212,14 +214,14 @@ def generate(
 
         return run(asked, progress)
 
-    _run("generate", start, json_file, png)
+    _run(start, json_file, png)
 
 
 def _but_files(options: dict[str, Any]) -> dict[str, Any]:
     return {k: x for k, x in options.items() if k not in ("json_file", "png")}
 
 
-def _decode(command: str, json_file: Path | None, png: Path | None, **options: Any) -> None:
+def _decode(json_file: Path | None, png: Path | None, **options: Any) -> None:
     def start(progress: Console) -> Iterator[Result]:
         from leank.bench.work import BenchError, Options, plan
 
@@ -235,7 +237,7 @@ def _decode(command: str, json_file: Path | None, png: Path | None, **options: A
 
         return run(asked, works, progress)
 
-    _run(command, start, json_file, png)
+    _run(start, json_file, png)
 
 
 def _parts(options: list[str] | None) -> tuple[str, ...]:
@@ -243,7 +245,6 @@ def _parts(options: list[str] | None) -> tuple[str, ...]:
 
 
 def _run(
-    command: str,
     start: Callable[[Console], Iterator[Result]],
     json_file: Path | None,
     png: Path | None,
@@ -252,16 +253,19 @@ def _run(
     from leank.bench.work import BenchError, WrongResultError
 
     try:
-        try:
+        with (
+            needing("hf", "torch", "transformers", "huggingface_hub"),
+            needing("learn", "matplotlib"),
+        ):
             _measure(start, json_file, png)
-        except ImportError as error:
-            raise BenchError(_missing(error)) from error
     except BenchError as error:
-        typer.echo(f"leank bench {command}: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise CommandError(error) from error
+    except ModuleNotFoundError as error:
+        if error.name != "leank._cuda":
+            raise
+        raise CommandError(error) from error  # it says what to do
     except WrongResultError as error:
-        typer.echo(f"leank bench {command}: WRONG RESULT: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise CommandError(f"WRONG RESULT: {error}", status=1) from error
 
 
 def _measure(
@@ -289,17 +293,6 @@ def _check_files(json_file: Path | None, png: Path | None) -> None:
             raise BenchError(f"{name}: {path.parent}: no such folder")
     if png is not None and png.suffix != ".png":
         raise BenchError(f"png: expected a name that ends in .png, got {png}")
-
-
-def _missing(error: ImportError) -> str:
-    """Return what to install; raises the error where that is not the matter."""
-    if error.name == "leank._cuda":
-        return str(error)
-    package = (error.name or "").partition(".")[0]
-    extras = {"torch": "hf", "transformers": "hf", "huggingface_hub": "hf", "matplotlib": "learn"}
-    if package not in extras:
-        raise error
-    return f"needs {package}: pip install 'leank[{extras[package]}]'"
 
 
 def _save(path: Path, result: Result) -> None:

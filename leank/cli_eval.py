@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from leank.cli_errors import CommandError, needing
 from leank.cli_learn import find_device, numbers
+from leank.cli_options import DATA, MASK, RUN, Device, Model, Resume, Texts, Weights
 
 if TYPE_CHECKING:
-    from leank.evaluation.run import Request
+    from leank.evaluation.run import Evaluation, Request
 
-_WHAT, _HOW, _DATA, _RUN = "What to compare", "How", "What to ask", "Where"
+_WHAT, _ASK, _HOW = "What to compare", "What to ask", "How"
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="NAME_OR_PATH", help="Causal language model.")
-    ] = "smollm2",
+    model: Model = "smollm2",
     mask: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE_OR_NAME",
-            help="Mask file, or a name that leank masks lists; may be repeated.",
+            metavar="MASK",
+            help=f"{MASK}; may be repeated.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -37,16 +37,6 @@ def evaluate(
             rich_help_panel=_WHAT,
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FOLDER",
-            help="For log, results and pictures.",
-            rich_help_panel=_RUN,
-        ),
-    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -54,44 +44,37 @@ def evaluate(
             help="RULER: niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, "
             "niah_multiquery, vt, cwe, fwe, qa; kinds of leank learn; default: RULER without qa, "
             "lines, table, copy, continuation (perplexity and KL of text).",
-            rich_help_panel=_DATA,
+            rich_help_panel=_ASK,
         ),
     ] = None,
     lengths: Annotated[
-        str, typer.Option(metavar="N,...", help="Tokens of an item.", rich_help_panel=_DATA)
+        str, typer.Option(metavar="N,...", help="Tokens of an item.", rich_help_panel=_ASK)
     ] = "4096",
     items: Annotated[
-        int, typer.Option(min=1, help="Of each task and length.", rich_help_panel=_DATA)
+        int, typer.Option(min=1, help="Of each task and length.", rich_help_panel=_ASK)
     ] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of the items.", rich_help_panel=_DATA)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the items.", rich_help_panel=_ASK)] = 0,
     second_turn: Annotated[
         int,
         typer.Option(
             min=0,
             metavar="N",
             help="Ask after so many tokens of other text, which read a pruned cache.",
-            rich_help_panel=_DATA,
+            rich_help_panel=_ASK,
         ),
     ] = 0,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="UTF-8 text, may be repeated; default: what ships with Python.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
+    text: Texts = None,
     qa: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help='JSON lines {"question": "...", "answers": ["..."]}, for task qa.',
-            rich_help_panel=_DATA,
+            rich_help_panel=DATA,
         ),
     ] = None,
     qa_text: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The text that they are about.", rich_help_panel=_DATA),
+        typer.Option(metavar="FILE", help="The text that they are about.", rich_help_panel=DATA),
     ] = None,
     fast: Annotated[
         bool,
@@ -111,36 +94,30 @@ def evaluate(
             min=1, help="With --prefill pruned: tokens of each call.", rich_help_panel=_HOW
         ),
     ] = 1024,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_RUN)
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+    output: Annotated[
+        Path | None,
         typer.Option(
-            metavar="TYPE",
-            help="float32, bfloat16 or float16 weights; auto: bfloat16 on a GPU, else float32.",
-            rich_help_panel=_RUN,
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="For log, results and pictures.",
+            rich_help_panel=RUN,
         ),
-    ] = "auto",
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on with a stopped evaluation.", rich_help_panel=_RUN),
-    ] = False,
+    ] = None,
+    device: Device = "auto",
+    dtype: Weights = "auto",
+    resume: Resume = False,
 ) -> None:
     """Test masks on long texts against the dense model, and against other ways to prune.
 
     Tasks are made offline. Prints what each mask loses, with 95% intervals;
     JSON and pictures are written to the folder.
     """
-    try:
-        # Not at the top: torch takes seconds, and --help should not.
+    # Not at the top: torch takes seconds, and --help should not.
+    with needing("learn", "torch", "transformers"):
         from leank.evaluation.items import TASKS, SuiteSettings
         from leank.evaluation.methods import EvalError
         from leank.evaluation.run import Request
-    except ImportError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        _fail(f"needs {error.name}: pip install 'leank[learn]'", error)
     try:
         if output is None:
             raise EvalError("output: expected a folder, got none; give -o FOLDER")
@@ -164,7 +141,7 @@ def evaluate(
             resume=resume,
         )
     except ValueError as error:
-        _fail(str(error), error)
+        raise CommandError(error) from error
     _run(model, request, device, dtype)
 
 
@@ -176,10 +153,10 @@ def _run(name: str, request: Request, device: str, dtype: str) -> None:
     from leank.evaluation.run import Evaluation
     from leank.learning.bars import Bars
     from leank.learning.folder import ResumeError
-    from leank.learning.plan import LearnError
     from leank.learning.text import DataError
     from leank.loading import LoadError, Source, quiet
 
+    evaluation = None
     try:
         with quiet():
             # generate() of a patched model is on the CPU so far.
@@ -193,24 +170,26 @@ def _run(name: str, request: Request, device: str, dtype: str) -> None:
             with Bars(Console(stderr=True)) as bars:
                 summary = evaluation.run(model, bars.tested)
             drawn = draw_pictures(request.folder, summary, source.name)
-    except (LoadError, LearnError, DataError, EvalError, ResumeError) as error:
-        _fail(str(error), error)
+    except (LoadError, DataError, EvalError, ResumeError) as error:
+        raise CommandError(error) from error
     except torch.OutOfMemoryError as error:
-        _fail("out of memory: give smaller --lengths", error, 1)
+        raise CommandError("out of memory: give smaller --lengths", 1) from error
     except OSError as error:
-        _fail(f"{error.filename or 'files'}: {error.strerror or error}", error, 1)
+        raise CommandError(f"{error.filename or 'files'}: {error.strerror or error}", 1) from error
     except KeyboardInterrupt as error:
-        _fail(f"stopped; --resume goes on from {request.folder}", error, 130)
+        raise CommandError(_stopped(evaluation), 130) from error
     print_report(summary, Console())
     typer.echo(f"\nResults: {request.folder}")
     if not drawn:
         typer.echo("No pictures: matplotlib is not installed (pip install 'leank[learn]').")
 
 
+def _stopped(evaluation: Evaluation | None) -> str:
+    if evaluation is None or evaluation.n_done == 0:
+        return "stopped before the first item was done"
+    done = f"stopped after {evaluation.n_done} of {len(evaluation.suite)} items"
+    return f"{done}; they are kept in {evaluation.request.folder}, --resume goes on"
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
-
-
-def _fail(message: str, error: BaseException, code: int = 2) -> NoReturn:
-    typer.echo(f"leank eval: {' '.join(message.split())}", err=True)
-    raise typer.Exit(code) from error

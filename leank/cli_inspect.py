@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from leank.cli_errors import CommandError, needing
+from leank.cli_options import MASK, CacheType, Recent, Sink
 
 if TYPE_CHECKING:
     from leank.inspection import Inspection
     from leank.masks import ChannelMask
 
-# What `leank.load_mask` takes.
-MASK = "Mask file, name that `leank masks` lists, or Hub repository (ORG/NAME)"
 _TOKENS = 4096
-
-
-class _InspectError(Exception):
-    """A mistake in what the user asked for; one line of text."""
 
 
 def inspect(
@@ -47,16 +44,9 @@ def inspect(
             metavar="N", min=1, help=f"Tokens of the text; default: {_TOKENS} or the context."
         ),
     ] = None,
-    sink: Annotated[
-        int | None, typer.Option(min=0, help="First tokens to keep whole; default: the mask's.")
-    ] = None,
-    recent: Annotated[
-        int | None, typer.Option(min=1, help="Last tokens to keep whole; default: the mask's.")
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        typer.Option(metavar="TYPE", help="float32, bfloat16 or float16, of the cache."),
-    ] = "bfloat16",
+    sink: Sink = None,
+    recent: Recent = None,
+    dtype: CacheType = "bfloat16",
     pictures: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Draw pictures into it.")
     ] = None,
@@ -68,29 +58,28 @@ def inspect(
 
     In Python: leank.inspection, leank.mask_overlap.
     """
-    try:
-        if other is not None:
-            given = dict(model=model, text=text, tokens=tokens, sink=sink, recent=recent)
-            _refuse_beside_two(given | {"pictures": pictures})
-            _compare(mask, other, as_json)
-            return
-        window = {"sink": sink, "recent": recent}
-        read = dataclasses.replace(
-            _mask(mask), **{name: n for name, n in window.items() if n is not None}
-        )
-        found, n_queries = _inspection(read, model, text, tokens)
-        if as_json:
-            line = {"name": mask, **found.as_json(dtype=dtype), "n_queries": n_queries}
-            typer.echo(json.dumps(line, indent=1))
-        else:
-            from leank.inspection_report import print_inspection
+    if other is not None:
+        given = dict(model=model, text=text, tokens=tokens, sink=sink, recent=recent)
+        _refuse_beside_two(given | {"pictures": pictures})
+        _compare(mask, other, as_json)
+        return
+    if pictures is not None:
+        with needing("learn", "matplotlib", option="pictures"):
+            import leank.pictures  # noqa: F401
+    window = {"sink": sink, "recent": recent}
+    read = dataclasses.replace(
+        _mask(mask), **{name: n for name, n in window.items() if n is not None}
+    )
+    found, n_queries = _inspection(read, model, text, tokens)
+    if as_json:
+        line = {"name": mask, **found.as_json(dtype=dtype), "n_queries": n_queries}
+        typer.echo(json.dumps(line, indent=1))
+    else:
+        from leank.inspection_report import print_inspection
 
-            console = Console()
-            print_inspection(found, mask, console, dtype=dtype, n_queries=n_queries)
-        if pictures is not None:
-            _draw(pictures, found, Path(mask).name)
-    except _InspectError as error:
-        _fail("inspect", str(error), error)
+        print_inspection(found, mask, Console(), dtype=dtype, n_queries=n_queries)
+    if pictures is not None:
+        _draw(pictures, found, Path(mask).name)
 
 
 def info(
@@ -105,7 +94,7 @@ def info(
     try:
         found = facts()
     except ValueError as error:  # LEANK_ISA
-        _fail("info", str(error), error)
+        raise CommandError(error) from error
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
@@ -115,7 +104,7 @@ def info(
 def _refuse_beside_two(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if value is not None:
-            raise _InspectError(f"{name}: expected none with two masks, got {value}")
+            raise CommandError(f"{name}: expected none with two masks, got {value}")
 
 
 def _compare(a: str, b: str, as_json: bool) -> None:
@@ -126,7 +115,7 @@ def _compare(a: str, b: str, as_json: bool) -> None:
     try:
         found = compare(first, second)
     except ValueError as error:
-        raise _InspectError(str(error)) from error
+        raise CommandError(str(error)) from error
     if as_json:
         typer.echo(json.dumps({"a": a, "b": b, **found.as_json()}, indent=1))
     else:
@@ -140,9 +129,9 @@ def _mask(name: str) -> ChannelMask:
     try:
         return load_mask(name)
     except (MaskFileError, ModuleNotFoundError) as error:
-        raise _InspectError(f"mask: {error}") from error
+        raise CommandError(f"mask: {error}") from error
     except OSError as error:
-        raise _InspectError(f"mask: {name}: {error.strerror or error}") from error
+        raise CommandError(f"mask: {name}: {error.strerror or error}") from error
 
 
 def _inspection(
@@ -155,21 +144,17 @@ def _inspection(
     for expected, (value, needed) in beside.items():
         if value is not None and needed is None:
             option = "text" if value is text else "tokens"
-            raise _InspectError(f"{option}: expected {expected}, got none")
+            raise CommandError(f"{option}: expected {expected}, got none")
     if name is None:
         return Inspection(mask), 0
     if text is not None and (mask.sink is None or mask.recent is None):
-        raise _InspectError("mask: the file does not say its window; give --sink and --recent")
-    try:
-        # Not at the top: torch takes seconds, and --help should not.
+        raise CommandError("mask: the file does not say its window; give --sink and --recent")
+    # Not at the top: torch takes seconds, and --help should not.
+    with needing("hf", "torch", "transformers", option="model"):
         import torch
 
         from leank.loading import LoadError, Source, quiet
         from leank.model_inspection import inspect_mask
-    except ImportError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        raise _InspectError(f"model: needs {error.name}: pip install 'leank[hf]'") from error
     try:
         with quiet():
             source = Source(name)
@@ -183,9 +168,9 @@ def _inspection(
             weights = source.model(kind, torch.device("cuda" if on_gpu else "cpu"))
             return inspect_mask(mask, weights, ids), ids.shape[1] - mask.sink - mask.recent
     except (LoadError, ValueError) as error:
-        raise _InspectError(str(error)) from error
+        raise CommandError(str(error)) from error
     except torch.OutOfMemoryError as error:
-        raise _InspectError("out of memory: give a smaller --tokens") from error
+        raise CommandError("out of memory: give a smaller --tokens") from error
 
 
 def _ids(tokenizer: Any, path: Path, n: int | None, config: Any, mask: ChannelMask) -> Any:
@@ -194,11 +179,11 @@ def _ids(tokenizer: Any, path: Path, n: int | None, config: Any, mask: ChannelMa
     [document] = read_text([path])
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if n is not None and limit is not None and n > limit:
-        raise _InspectError(f"tokens: expected at most the model's context of {limit}, got {n}")
+        raise CommandError(f"tokens: expected at most the model's context of {limit}, got {n}")
     n = n or min(_TOKENS, limit or _TOKENS)
     ids = tokenizer(document, return_tensors="pt", verbose=False).input_ids[:, :n]
     if ids.shape[1] <= mask.sink + mask.recent:
-        raise _InspectError(
+        raise CommandError(
             f"text: expected more tokens than the window of {mask.sink} + {mask.recent}, "
             f"got {ids.shape[1]}"
         )
@@ -206,21 +191,12 @@ def _ids(tokenizer: Any, path: Path, n: int | None, config: Any, mask: ChannelMa
 
 
 def _draw(folder: Path, found: Inspection, name: str) -> None:
-    try:
-        from leank.pictures import draw
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise _InspectError("pictures: needs matplotlib: pip install 'leank[learn]'") from error
+    from leank.pictures import draw
+
     try:
         paths = draw(folder, found, f"{name}: {found.mask.ratio:.1%} of K dropped")
     except OSError as error:
         where = error.filename or folder
-        raise _InspectError(f"pictures: {where}: {error.strerror or error}") from error
+        raise CommandError(f"pictures: {where}: {error.strerror or error}") from error
     for path in paths:
         typer.echo(path, err=True)
-
-
-def _fail(command: str, message: str, error: BaseException) -> NoReturn:
-    typer.echo(f"leank {command}: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2) from error

@@ -6,22 +6,24 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from leank.cli_errors import CommandError, needing
+from leank.cli_options import DATA, RUN, Device, Model, Resume, Texts, Weights
+
 if TYPE_CHECKING:
     from leank.learning.plan import Plan, Request, Target
+    from leank.learning.run import Run
     from leank.masks import ChannelMask
 
-_MASK, _STAGES, _DATA, _RUN = "What to learn", "How", "From what", "Where and how far"
+_MASK, _STAGES = "What to learn", "How"
 
 
 def learn(
-    model: Annotated[
-        str, typer.Argument(metavar="NAME_OR_PATH", help="Causal language model.")
-    ] = "smollm2",
+    model: Model = "smollm2",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -124,24 +126,17 @@ def learn(
             rich_help_panel=_STAGES,
         ),
     ] = "ones",
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="UTF-8 text, may be repeated; default: what ships with Python.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
+    text: Texts = None,
     lengths: Annotated[
         str | None,
         typer.Option(
             metavar="N[,N]",
             help="Tokens of a sample; default: from twice the window to the context, or 8192.",
-            rich_help_panel=_DATA,
+            rich_help_panel=DATA,
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Samples of a step.", rich_help_panel=_DATA)
+        int, typer.Option(min=1, help="Samples of a step.", rich_help_panel=DATA)
     ] = 8,
     kinds: Annotated[
         str | None,
@@ -149,7 +144,7 @@ def learn(
             metavar="KIND,...",
             help="Of single, multi_key, words, multi_query, multi_value, variables, passkey, "
             "lines, table, copy and continuation; default: all.",
-            rich_help_panel=_DATA,
+            rich_help_panel=DATA,
         ),
     ] = None,
     weights: Annotated[
@@ -157,58 +152,49 @@ def learn(
         typer.Option(
             metavar="W,...",
             help="How often each kind comes; default: equal.",
-            rich_help_panel=_DATA,
+            rich_help_panel=DATA,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the samples.", rich_help_panel=_DATA)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples.", rich_help_panel=DATA)] = 0,
     n_validation: Annotated[
         int,
         typer.Option(
-            "--validation", min=1, help="Samples that choose the best mask.", rich_help_panel=_DATA
+            "--validation", min=1, help="Samples that choose the best mask.", rich_help_panel=DATA
         ),
     ] = 64,
     n_test: Annotated[
         int,
         typer.Option(
-            "--test", min=0, help="Samples of the report; 0: no report.", rich_help_panel=_DATA
+            "--test", min=0, help="Samples of the report; 0: no report.", rich_help_panel=DATA
         ),
     ] = 64,
     show_data: Annotated[
         int,
         typer.Option(
-            min=0, metavar="N", help="Show so many samples and stop.", rich_help_panel=_DATA
+            min=0, metavar="N", help="Show so many samples and stop.", rich_help_panel=DATA
         ),
     ] = 0,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_RUN)
-    ] = "auto",
+    device: Device = "auto",
     device_map: Annotated[
         Literal["auto", "balanced", "balanced_low_0", "sequential"] | None,
         typer.Option(
-            help="Spread a model over all GPUs that is too large for one, as transformers does.",
-            rich_help_panel=_RUN,
+            metavar="HOW",
+            help="Spread a model over all GPUs that is too large for one, as transformers does: "
+            "auto, balanced, balanced_low_0 or sequential.",
+            rich_help_panel=RUN,
         ),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            metavar="TYPE",
-            help="float32, bfloat16 or float16 weights; auto: bfloat16 on a GPU, else float32.",
-            rich_help_panel=_RUN,
-        ),
-    ] = "auto",
+    dtype: Weights = "auto",
     folder: Annotated[
         Path | None,
         typer.Option(
             "--run-folder",
             metavar="FOLDER",
             help="For state, log and report; default: FILE.run.",
-            rich_help_panel=_RUN,
+            rich_help_panel=RUN,
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a stopped run.", rich_help_panel=_RUN)
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """Learn which K channels a model can do without, and write a mask file.
 
@@ -216,13 +202,9 @@ def learn(
     2 the mask as it will be used; the mask with the smallest validation loss is
     written. A run that was stopped goes on with --resume.
     """
-    try:
-        # Not at the top: torch takes seconds, and --help should not.
+    # Not at the top: torch takes seconds, and --help should not.
+    with needing("learn", "torch", "transformers"):
         from leank.learning.plan import LearnError, Request
-    except ImportError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        _fail(f"needs {error.name}: pip install 'leank[learn]'", error)
     try:
         if output is None and not show_data:
             raise LearnError("output: expected a file for the mask, got none; give -o FILE")
@@ -257,7 +239,7 @@ def learn(
             **({} if lengths is None else {"lengths": _lengths(lengths)}),
         )
     except ValueError as error:
-        _fail(str(error), error)
+        raise CommandError(error, once=True) from error
     _run(model, request, device, device_map, dtype, show_data)
 
 
@@ -268,9 +250,12 @@ def _run(
 
     from leank.learning.folder import ResumeError
     from leank.learning.plan import LearnError, Plan
+    from leank.learning.run import Run
     from leank.learning.text import DataError
+    from leank.learning.train import DivergedError
     from leank.loading import LoadError, Source, quiet
 
+    run = None
     try:
         with quiet():
             if device_map is not None:
@@ -287,39 +272,45 @@ def _run(
                 kind = "float32" if place.type == "cpu" else "bfloat16"
             plan.check_device(getattr(torch, kind), place)
             weights = source.model(getattr(torch, kind), place, device_map)
-            _learn(weights, plan)
+            run = Run(weights, plan, command=shlex.join(["leank", *sys.argv[1:]]))
+            _learn(run)
     except (LoadError, LearnError, DataError, ResumeError) as error:
-        _fail(str(error), error)
+        raise CommandError(error, once=True) from error
+    except DivergedError as error:
+        raise CommandError(f"diverged: {error}", 1) from error
     except torch.OutOfMemoryError as error:
-        _fail("out of memory: give a smaller --batch-size or --lengths", error, 1)
+        raise CommandError("out of memory: give a smaller --batch-size or --lengths", 1) from error
     except OSError as error:
-        _fail(f"{error.filename or 'files'}: {error.strerror or error}", error, 1)
+        raise CommandError(f"{error.filename or 'files'}: {error.strerror or error}", 1) from error
+    except KeyboardInterrupt as error:
+        raise CommandError(_stopped(run), 130, once=True) from error
 
 
-def _learn(model: Any, plan: Plan) -> None:
+def _learn(run: Run) -> None:
     from leank.learning.bars import Bars
     from leank.learning.report import print_report
-    from leank.learning.run import Run
-    from leank.learning.train import DivergedError
 
-    run = Run(model, plan, command=shlex.join(["leank", *sys.argv[1:]]))
-    try:
-        with Bars(Console(stderr=True, quiet=run.world.rank > 0)) as bars:
-            run.progress, run.tested = bars, bars.tested
-            masks = run.go()
-    except DivergedError as error:
-        _fail(f"diverged: {error}", error, 1)
-    except KeyboardInterrupt as error:
-        done = f"stopped after {run.n_done} of {run.n_total} steps; --resume goes on"
-        _fail(done, error, 130)
+    with Bars(Console(stderr=True, quiet=run.world.rank > 0)) as bars:
+        run.progress, run.tested = bars, bars.tested
+        masks = run.go()
     if run.world.rank == 0:
         for target, mask in masks.items():
-            typer.echo(_line(plan, target, mask))
+            typer.echo(_line(run.plan, target, mask))
         if run.evaluations:
             print_report(run.evaluations, Console())
-            where = plan.folder / ("report.md" if len(masks) == 1 else "*/report.md")
+            where = run.plan.folder / ("report.md" if len(masks) == 1 else "*/report.md")
             typer.echo(f"\nReport: {where}")
     run.world.leave()
+
+
+def _stopped(run: Run | None) -> str:
+    if run is None:
+        return "stopped before the first step"
+    done = f"stopped after {run.n_done} of {run.n_total} steps"
+    state = run.folder.load()  # what there is, wherever a save was when the signal came
+    if state is None:
+        return f"{done}; none are kept"
+    return f"{done}; {state['n_done']} are kept in {run.plan.folder}, --resume goes on"
 
 
 def _line(plan: Plan, target: Target, mask: ChannelMask) -> str:
@@ -342,14 +333,16 @@ def _show(plan: Plan, tokenizer: Any, n: int) -> None:
 def _check_map(device: str) -> None:
     import torch
 
-    from leank.learning.plan import LearnError
-
     if device not in ("auto", "cuda"):
-        raise LearnError(f"device-map: expected device auto or cuda beside it, got {device}")
+        raise CommandError(
+            f"device-map: expected device auto or cuda beside it, got {device}", once=True
+        )
     if not torch.cuda.is_available():
-        raise LearnError("device-map: expected GPUs that torch can use, got none")
+        raise CommandError("device-map: expected GPUs that torch can use, got none", once=True)
     if (n := _n_processes()) > 1:
-        raise LearnError(f"device-map: expected one process, since it takes all GPUs, got {n}")
+        raise CommandError(
+            f"device-map: expected one process, since it takes all GPUs, got {n}", once=True
+        )
 
 
 def _n_processes() -> int:
@@ -357,11 +350,10 @@ def _n_processes() -> int:
 
 
 def find_device(name: str) -> Any:
-    """Return the torch device of a name; LearnError if there is none."""
+    """Return the torch device of a name; CommandError if there is none."""
     import torch
 
     from leank.learning.parallel import local_rank
-    from leank.learning.plan import LearnError
 
     there = torch.cuda.is_available()
     if name == "auto":
@@ -371,36 +363,37 @@ def find_device(name: str) -> Any:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise LearnError(f"device: expected auto, cpu, cuda or cuda:N, got {name}")
+        raise CommandError(f"device: expected auto, cpu, cuda or cuda:N, got {name}", once=True)
     if device.type == "cpu":
         return device
     if not there:
-        raise LearnError(f"device: expected a GPU that torch can use, got none for {name}")
+        raise CommandError(
+            f"device: expected a GPU that torch can use, got none for {name}", once=True
+        )
     if device.index is not None and _n_processes() > 1:
-        raise LearnError(f"device: expected auto or cuda, a GPU for each process, got {name}")
+        raise CommandError(
+            f"device: expected auto or cuda, a GPU for each process, got {name}", once=True
+        )
     index = local_rank() if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise LearnError(f"device: expected cuda:0 to {torch.cuda.device_count() - 1}, got {name}")
+        raise CommandError(
+            f"device: expected cuda:0 to {torch.cuda.device_count() - 1}, got {name}"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
-    """Return the numbers of an option, with commas between; LearnError names the option."""
-    from leank.learning.plan import LearnError
-
+    """Return the numbers of an option, with commas between; CommandError names the option."""
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
-        raise LearnError(f"{name}: expected {what} with commas between, got {text!r}") from None
+        raise CommandError(
+            f"{name}: expected {what} with commas between, got {text!r}", once=True
+        ) from None
 
 
 def _lengths(text: str) -> int | tuple[int, ...]:
     found = numbers("lengths", text, int)
     return found[0] if len(found) == 1 else found
-
-
-def _fail(message: str, error: BaseException, code: int = 2) -> NoReturn:
-    typer.echo(f"leank learn: {' '.join(message.split())}", err=True)
-    raise typer.Exit(code) from error

@@ -20,7 +20,7 @@ out=$(cd "$out" && pwd)
 
 # Whoever has the sdist can run everything that the README and CONTRIBUTING name.
 tar -tzf "$out"/dist/*.tar.gz | cut -d/ -f2- >"$out/sdist.txt"
-for file in .ci/run .clang-format kernels/decode.cuh kernels/inst/decode_bf16_128.cu Makefile constraints.txt tests/dist_smoke.sh notebooks/README.md; do
+for file in .ci/run .clang-format kernels/decode.cuh kernels/inst/decode_bf16_128.cu Makefile constraints.txt tests/dist_smoke.sh docs/conf.py docs/picture.png leank/data/masks/README.md notebooks/README.md; do
     grep -qxF "$file" "$out/sdist.txt" || {
         echo "dist smoke: the sdist has no $file"
         exit 1

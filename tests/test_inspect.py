@@ -366,7 +366,7 @@ def test_without_matplotlib_pictures_are_refused(file, tmp_path, monkeypatch):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = leank_cli("inspect", file, "--pictures", tmp_path / "p")
-    assert result.exit_code == 2
+    assert (result.exit_code, result.stdout) == (2, "")
     assert "leank inspect: pictures: needs matplotlib: pip install 'leank[learn]'" in result.stderr
 
 

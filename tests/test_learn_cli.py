@@ -4,10 +4,8 @@ import dataclasses
 import inspect
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -22,9 +20,11 @@ from leank.cli import app  # noqa: E402
 from leank.learning import DataSettings, Settings, learn  # noqa: E402
 from leank.learning import run as run_module  # noqa: E402
 from leank.learning.feed import Batches  # noqa: E402
+from leank.learning.folder import read_state  # noqa: E402
 from leank.learning.tasks import ALL_KINDS  # noqa: E402
 
 from .learn_run_tools import OPTIONS, character_tokenizer, write_model, write_text  # noqa: E402
+from .processes import interrupt, run_two  # noqa: E402
 from .tiny_models import tiny  # noqa: E402
 
 
@@ -176,7 +176,8 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(folder, tmp_path, monkeypa
     output = tmp_path / "mask"
     result = leank_learn(folder, output=output)
     assert result.exit_code == 130 and not output.exists()
-    assert result.stderr.endswith("leank learn: stopped after 9 of 12 steps; --resume goes on\n")
+    said = f"stopped after 9 of 12 steps; 8 are kept in {output}.run, --resume goes on\n"
+    assert result.stderr.endswith(f"\nleank learn: {said}")
     monkeypatch.setattr(run_module.Run, "_log", log)
     again = leank_learn(folder, output=output)
     assert again.exit_code == 2
@@ -193,34 +194,30 @@ def test_ctrl_c_keeps_what_is_done_and_resume_goes_on(folder, tmp_path, monkeypa
 def test_a_signal_while_it_learns(folder, tmp_path, n_workers):
     """A real Ctrl-C, which all processes get: one line, the state is there, nobody stays."""
     output = tmp_path / "mask"
-    command = words(folder, output=output, stage1_steps=10_000, n_test=0)
-    code = f"""if True:
-        from leank.learning import run
-        run.workers_for = lambda device: {n_workers}
-        from leank.__main__ import main
-        main()
-        """
-    run = subprocess.Popen(
-        [sys.executable, "-c", code, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        # A shell lets what it runs in the background ignore the signal, which is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
     state = tmp_path / "mask.run" / "state.pt"
-    deadline = time.monotonic() + 60
-    while not state.exists() and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGINT)
-    stdout, stderr = run.communicate(timeout=60)
-    assert run.returncode == 130, stderr
-    assert stdout == "" and "Traceback" not in stderr and state.exists()
-    assert re.search(r"leank learn: stopped after \d+ of 10006 steps; --resume goes on$", stderr)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(run.pid, 0)
+    before = f"from leank.learning import run; run.workers_for = lambda device: {n_workers}"
+    command = words(folder, output=output, stage1_steps=10_000, n_test=0)
+    status, stdout, stderr = interrupt(command, state.exists, before)
+    assert status == 130 and stdout == "" and "Traceback" not in stderr
+    n = read_state(state)["n_done"]
+    said = rf"leank learn: stopped after \d+ of 10006 steps; {n} are kept in {output}.run, --resume"
+    assert n > 0 and re.search(said, stderr.splitlines()[-1])
+
+
+def test_a_signal_before_it_learns(folder, tmp_path):
+    command = words(folder, output=tmp_path / "mask")
+    before = """if True:
+        from leank.loading import Source
+        def model(*args):
+            open(PATH, "x").close()
+            import time
+            time.sleep(60)
+        Source.model = model
+        """.replace("PATH", repr(str(tmp_path / "begun")))
+    status, stdout, stderr = interrupt(command, (tmp_path / "begun").exists, before)
+    assert (status, stdout) == (130, "")
+    assert stderr == "leank learn: stopped before the first step\n"
+    assert not list(tmp_path.glob("mask*"))
 
 
 def test_divergence_is_one_line(folder, tmp_path, monkeypatch):
@@ -269,6 +266,7 @@ def other_attention(folder):
         (lambda f: {"align": "8.5"}, "align: expected whole numbers with commas between"),
         (lambda f: {"align": "24"}, "align"),
         (lambda f: {"ratio": "1.5"}, "ratio"),
+        (lambda f: {"live": 2}, "live: expected 0 with budget k, .*, got 2; give budget kv$"),
         (lambda f: {"lr": "-1"}, "lr: expected 0 to 1, got -1"),
         (lambda f: {"lengths": "1,2,3"}, "lengths: expected 1 <= least <= greatest"),
         (lambda f: {"lengths": "2000"}, "lengths: expected at most 1,024 tokens, the model's"),
@@ -290,6 +288,14 @@ def test_errors_are_one_line_before_weights_are_read(folder, monkeypatch, change
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert re.search(f"^leank learn: {message}", line), line
+
+
+def test_processes_say_the_same_mistake_once(folder):
+    for change in ({"ratio": "half"}, {"text": folder / "none"}):
+        done = run_two("-m", "leank", *words(folder, **change), check=False)
+        (name,) = change
+        said = [line for line in done.stderr.splitlines() if f"leank learn: {name}: " in line]
+        assert done.returncode != 0 and len(said) == 1, done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

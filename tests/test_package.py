@@ -222,7 +222,7 @@ def test_what_a_newcomer_runs(source, tmp_path):
         numbers = r"\d+ tokens: ([\d,]+) bytes, dense ([\d,]+)\n$"
         pattern = rf"empty line ends\.\n.*green door.*\n.*door.*\n{numbers}"
     elif source == "README.md":
-        pattern = r"[\d,]+ tokens: ([\d,]+) bytes, dense ([\d,]+)\n$"
+        pattern = r"\n([\d,]+) bytes, dense ([\d,]+)\n$"
     else:
         pattern = r"pruned: .*green door.* \(([\d,]+) bytes\)\ndense: .* \(([\d,]+) bytes\)\n$"
     found = re.search(pattern, done.stdout)

@@ -115,10 +115,16 @@ class Evaluation:
     tokenizer : transformers tokenizer
     name : str
         Of the model.
+
+    Attributes
+    ----------
+    n_done : int
+        Items that the folder has, since `run` was called.
     """
 
     def __init__(self, request: Request, tokenizer: Any, name: str) -> None:
         self.request, self.tokenizer, self.name = request, tokenizer, name
+        self.n_done = 0
         self.masks = read_masks(request.masks)
         corpus = split(read_text(request.text) if request.text else default_text())
         documents = ()
@@ -202,7 +208,8 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         n = len(self.suite)
         with Log(folder / LOG, header, request.resume) as log:
-            for i in range(len(log.records), n):
+            self.n_done = len(log.records)
+            for i in range(self.n_done, n):
                 item = self.suite[i]
                 answers = ask(item)
                 log.add(
@@ -219,8 +226,9 @@ class Evaluation:
                         },
                     }
                 )
+                self.n_done = i + 1
                 if progress is not None:
-                    progress(i + 1, n)
+                    progress(self.n_done, n)
             summary = summarise(log.records, {m.name: m.shares() for m in methods})
         results = {"settings": header, "methods": summary}
         with replacing(folder / RESULTS) as file:

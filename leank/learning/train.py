@@ -51,15 +51,15 @@ class Settings:
     lr, stage2_lr : float
         Highest learning rates.
     penalty : float
-        lambda, the weight of mean |alpha| in stage 1.
+        lambda, the weight of mean ``|alpha|`` in stage 1.
     gradual : float
         Share of the steps of stage 2 during which the ratio rises from 0.8 of itself; 0: none.
     fade : float
         Share of the steps of stage 2 during which the forward moves from the factors, which stage 1
         ended with, to the mask; empty heads see middle keys until then. 0: none.
     live : float
-        For the budget "kv": what keeping a head alive is worth beside its channels, in channels of
-        factor 1. Factors tell what channels are worth, not what an empty head costs.
+        For the budget "kv" alone: what keeping a head alive is worth beside its channels, in
+        channels of factor 1. Factors tell what channels are worth, not what an empty head costs.
     zero_every : int
         In each so-manyth step of stage 2 heads without a channel see middle keys with logit 0, so
         that they get a gradient and may come back; 0: never.
@@ -88,6 +88,11 @@ class Settings:
         _check("validate_every", self.validate_every, 1)
         _check("penalty", self.penalty, 0)
         _check("live", self.live, 0)
+        if self.live > 0 and self.budget != "kv":
+            raise ValueError(
+                f"live: expected 0 with budget {self.budget}, where empty heads save no more than "
+                f"their channels, got {self.live:g}; give budget kv"
+            )
         for name in ("gradual", "fade", "lr", "stage2_lr"):
             _check(name, getattr(self, name), 0, 1)
 

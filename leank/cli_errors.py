@@ -1,0 +1,112 @@
+"""How a command of ``leank`` ends when it cannot do its work: one line, and an exit status.
+
+==========  =======================================================================================
+1           it ran, and something was wrong on the way
+2           what the user asked for cannot be done
+130         Ctrl-C
+==========  =======================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+_METAVARS = {"bool": "", "int": "N", "float": "X", "str": "TEXT"}
+
+
+class CommandError(Exception):
+    """What ends a command; its text becomes one line.
+
+    Parameters
+    ----------
+    message : str
+        What was expected, what came, and the remedy.
+    status : int
+        Of the process.
+    once : bool
+        All processes that torchrun started on a machine come to it, so only the first one says it.
+    """
+
+    def __init__(self, message: object, status: int = 2, *, once: bool = False) -> None:
+        super().__init__(message)
+        self.status, self.once = status, once
+
+
+class _PlainHelp:
+    """--help without a column of "<bool>" and "<int range>"."""
+
+    def get_params(self, ctx: typer.Context) -> list[Any]:
+        params = super().get_params(ctx)
+        for param in params:
+            if param.metavar is None and param.param_type_name == "option":
+                param.metavar = _METAVARS.get(param.bare_type())
+        return params
+
+
+class Group(_PlainHelp, TyperGroup):
+    """Commands under one name."""
+
+
+class Command(_PlainHelp, TyperCommand):
+    """A command that ends as this module says; ``leank --debug`` prints the traceback as well."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # typer knows what to do
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            message, status, is_told = _ending(error, _name(ctx))
+            if ctx.find_root().params.get("debug"):
+                traceback.print_exception(error)
+            if is_told:
+                typer.echo(f"leank {_name(ctx)}: {' '.join(message.split())}", err=True)
+            raise typer.Exit(status) from error
+
+
+def _ending(error: BaseException, command: str) -> tuple[str, int, bool]:
+    """Return the message, the exit status, and whether this process is to tell it."""
+    if isinstance(error, CommandError):
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        return str(error), error.status, is_first or not error.once
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", 130, True
+    what = f"unexpected {type(error).__name__}: {error}"
+    return f"{what}; leank --debug {command} tells where", 1, True
+
+
+@contextlib.contextmanager
+def needing(extra: str, *packages: str, option: str = "") -> Iterator[None]:
+    """Tell which extra to install where one of its packages cannot be imported.
+
+    Parameters
+    ----------
+    extra : str
+    *packages : str
+    option : str
+        What needs them, if it is not the whole command.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in packages:
+            raise
+        what = f"{option}: needs" if option else "needs"
+        raise CommandError(f"{what} {package}: pip install 'leank[{extra}]'") from error
+
+
+def _name(ctx: typer.Context) -> str:
+    names = []
+    while ctx.parent is not None:
+        names.append(ctx.info_name)
+        ctx = ctx.parent
+    return " ".join(reversed(names))
