@@ -1,4 +1,5 @@
-/* append.cu: T columns into pages and twins, for a prompt; and crop. See leank_cuda.h. */
+/* append.cu: T columns into pages and twins, for a prompt or a span; and crop. See leank_cuda.h. */
+#include "append.cuh"
 #include "state.cuh"
 
 #define PLACE_THREADS 256
@@ -23,26 +24,29 @@ __device__ static int32_t block_rank(bool flag, int32_t *warp_sums, int32_t *tot
     return before + __popc(flags & ((1u << lane) - 1));
 }
 
-/* One block per row: position of each column's token (-1: padding), then the row's new state. All columns fit. */
+/* One block per row: position of each column's token (-1: padding), then the row's new state. All columns fit.
+ * valid and position [B, stride]; first_new [B] or NULL gets the row's length before. */
 __global__ void __launch_bounds__(PLACE_THREADS)
     place_kernel(const __grid_constant__ lk_cuda_layer layer, const uint8_t *valid,
-                 int32_t *position, int32_t n_columns, int32_t columns_before) {
+                 int32_t *position, int32_t stride, int32_t *first_new, int32_t n_columns,
+                 int32_t columns_before) {
     __shared__ int32_t warp_sums[PLACE_THREADS / LK_WARP];
     const int64_t b = blockIdx.x;
     const int32_t len = state_len(layer)[b];
     int32_t n_new = 0;
     for (int32_t first = 0; first < n_columns; first += PLACE_THREADS) {
         const int32_t t = first + (int32_t)threadIdx.x;
-        const bool real = t < n_columns && (!valid || valid[b * n_columns + t]);
+        const bool real = t < n_columns && (!valid || valid[b * stride + t]);
         int32_t total;
         const int32_t at = len + n_new + block_rank(real, warp_sums, &total);
         n_new += total;
         if (t >= n_columns) continue;
-        position[b * n_columns + t] = real ? at : -1;
+        position[b * stride + t] = real ? at : -1;
         layer.real[b * layer.real_stride + columns_before + t] = real;
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
+    if (first_new) first_new[b] = len;
     settle_row(layer, (int32_t)b, len + n_new, state_lo(layer)[b], state_n0(layer)[b]);
     if (b == 0) layer.state[LK_STATE_COLUMNS] = columns_before + n_columns;
 }
@@ -52,7 +56,7 @@ template <typename T>
 __global__ void __launch_bounds__(128)
     store_kernel(const __grid_constant__ lk_cuda_layer layer, const T *k, const T *v, int64_t k_b,
                  int64_t k_g, int64_t k_t, int64_t v_b, int64_t v_g, int64_t v_t,
-                 const int32_t *position, int32_t n_columns) {
+                 const int32_t *position, int32_t stride, int32_t n_columns) {
     const int32_t D = layer.head_dim, g = blockIdx.y;
     const int64_t b = blockIdx.z;
     const int32_t n_kept = head_kept(layer, g), n_dropped = D - n_kept;
@@ -62,7 +66,7 @@ __global__ void __launch_bounds__(128)
     for (int32_t i = warp; i < STORE_TOKENS; i += 4) {
         const int32_t t = (int32_t)blockIdx.x * STORE_TOKENS + i;
         if (t >= n_columns) break;
-        const int32_t at = position[b * n_columns + t];
+        const int32_t at = position[b * stride + t];
         if (at < 0) continue;
         const int32_t slot = at % LK_PAGE_TOKENS;
         const head_blocks blocks =
@@ -102,15 +106,29 @@ __global__ void crop_kernel(const __grid_constant__ lk_cuda_layer layer, int32_t
 
 /* ----------------------------------------------------------------------------------------------- launchers */
 
-template <typename T> static lk_status store(const lk_cuda_append_args *a, cudaStream_t stream) {
+template <typename T>
+static lk_status store(const lk_cuda_append_args *a, int32_t stride, cudaStream_t stream) {
     const lk_cuda_layer *layer = a->layer;
     const dim3 grid((unsigned)((a->n_columns + STORE_TOKENS - 1) / STORE_TOKENS),
                     (unsigned)layer->n_heads, (unsigned)layer->n_rows);
     store_kernel<T><<<grid, 128, 0, stream>>>(
         *layer, static_cast<const T *>(a->k), static_cast<const T *>(a->v), a->k_stride[0],
         a->k_stride[1], a->k_stride[2], a->v_stride[0], a->v_stride[1], a->v_stride[2], a->position,
-        a->n_columns);
+        stride, a->n_columns);
     return lk_cuda_launched(cudaGetLastError(), stream, a->cuda_error);
+}
+
+lk_status append_columns(const lk_cuda_append_args *args, int32_t stride, int32_t *first_new) {
+    const lk_cuda_layer *layer = args->layer;
+    cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
+    place_kernel<<<(unsigned)layer->n_rows, PLACE_THREADS, 0, stream>>>(
+        *layer, args->valid, args->position, stride, first_new, args->n_columns,
+        args->columns_before);
+    const lk_status status = lk_cuda_launched(cudaGetLastError(), stream, args->cuda_error);
+    if (status != LK_OK) return status;
+    if (layer->dtype == LK_BF16) return store<__nv_bfloat16>(args, stride, stream);
+    if (layer->dtype == LK_F16) return store<__half>(args, stride, stream);
+    return LK_E_VALUE;
 }
 
 lk_status lk_cuda_append(const lk_cuda_append_args *args) {
@@ -121,14 +139,7 @@ lk_status lk_cuda_append(const lk_cuda_append_args *args) {
     if (args->n_columns > layer->max_tokens - args->columns_before) return LK_E_LIMIT;
     if (args->n_columns == 0) return LK_OK;
     if (!args->k || !args->v || !args->position) return LK_E_VALUE;
-    cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
-    place_kernel<<<(unsigned)layer->n_rows, PLACE_THREADS, 0, stream>>>(
-        *layer, args->valid, args->position, args->n_columns, args->columns_before);
-    const lk_status status = lk_cuda_launched(cudaGetLastError(), stream, args->cuda_error);
-    if (status != LK_OK) return status;
-    if (layer->dtype == LK_BF16) return store<__nv_bfloat16>(args, stream);
-    if (layer->dtype == LK_F16) return store<__half>(args, stream);
-    return LK_E_VALUE;
+    return append_columns(args, args->n_columns, NULL);
 }
 
 lk_status lk_cuda_crop(const lk_cuda_layer *layer, int32_t n_columns, void *stream,

@@ -1,5 +1,6 @@
-/* combine.cu: merge the parts of the units that several chunks of a decode launch had. An item is one query head of a unit:
- * its warps take turns with the parts, a lane has 4 value indices, and the warps' results are merged last. The order is
+/* combine.cu: merge the parts of the units that several chunks of a launch had. An item is 128 value indices (or as many as
+ * there are) of one query column of a unit: its warps take turns with the parts, a lane has 4 value indices, and the
+ * warps' results are merged last. The order is
  * fixed, so that two runs agree bit for bit. Items of units that one chunk had are finished already. The last block lets
  * lengths advance: everybody has read them.
  *
@@ -38,15 +39,21 @@ __device__ __forceinline__ void merge(state_part *x, const state_part *other, in
     }
 }
 
+#define ITEM_VALUES 128
+static __host__ __device__ __forceinline__ int32_t count_items(const decode_params &p) {
+    const int32_t n_units = p.layer.n_rows * p.layer.n_heads * p.column_blocks;
+    return n_units * p.r * (p.layer.head_dim > ITEM_VALUES ? p.layer.head_dim / ITEM_VALUES : 1);
+}
+
 /* item_warps: warps of an item, a power of two up to COMBINE_WARPS; above 1 a warp has one item at most. */
 template <typename T>
 __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 5)
     combine_kernel(const __grid_constant__ decode_params p, int32_t item_warps) {
     __shared__ state_part states[COMBINE_WARPS][LK_WARP];
-    const int32_t D = p.layer.head_dim, n_items = p.layer.n_rows * p.layer.n_heads * p.r;
+    const int32_t D = p.layer.head_dim, n_items = count_items(p);
     const int warp = threadIdx.x / LK_WARP, lane = threadIdx.x % LK_WARP;
-    const int32_t d = 4 * lane, rank = warp % item_warps;
-    const float *lane_o = p.states + min(d, D - 4), *lane_m = p.states + p.r * D;
+    const int32_t rank = warp % item_warps;
+    const float *lane_m = p.states + p.r * D;
     let_next_kernel_come();
     wait_for_earlier_kernels();
     const int32_t n_blocks = (int32_t)gridDim.x - 1; /* that merge */
@@ -61,7 +68,14 @@ __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 5)
     const int32_t end = min(item + n_each, n_items);
 #pragma unroll 1
     do {
-        const int32_t unit = item / p.r, column = item % p.r;
+        int32_t column = item, d = 4 * lane;
+        if (D > ITEM_VALUES) {
+            column = item / (D / ITEM_VALUES);
+            d += item % (D / ITEM_VALUES) * ITEM_VALUES;
+        }
+        const int32_t unit = column / p.r;
+        column %= p.r;
+        const float *lane_o = p.states + min(d, D - 4);
         const int2 chunks = item < end ? p.unit_chunks[unit] : make_int2(0, 0);
         const bool has_parts = chunks.x < chunks.y;
         state_part x = {-INFINITY, 0.0f, {}};
@@ -89,13 +103,15 @@ __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 5)
             if (rank == 0 && item_warps == 4) merge<3>(&x, &states[warp + 1][lane], LK_WARP);
             if (rank == 0 && item_warps == 2) merge<1>(&x, &states[warp + 1][lane], LK_WARP);
         }
-        if (has_parts && rank == 0 && d < D)
-            write_out<T>(p, unit / p.layer.n_heads, unit % p.layer.n_heads, true, column, d, x.m,
-                         x.l, x.o);
+        if (has_parts && rank == 0 && d < D) {
+            const int32_t query = find_query(p, unit, column);
+            /* A column that saw no key is one of padding. */
+            if (query >= 0) write_out<T>(p, query, x.l > 0.0f, d, x.m, x.l, x.o);
+        }
     } while (++item < end);
 }
 
-lk_status launch_combine(const decode_params &p, cudaStream_t stream, int32_t *cuda_error) {
+static lk_status launch(const decode_params &p, cudaStream_t stream, int32_t *cuda_error) {
     const auto kernel =
         p.layer.dtype == LK_BF16 ? combine_kernel<__nv_bfloat16> : combine_kernel<__half>;
     /* Or a multiprocessor that is set for more L1 has no room for the next kernel's shared memory. */
@@ -103,7 +119,7 @@ lk_status launch_combine(const decode_params &p, cudaStream_t stream, int32_t *c
         kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return lk_cuda_launched(error, stream, cuda_error);
     /* Few items have many parts each, and many have few. */
-    const int32_t n_items = p.layer.n_rows * p.layer.n_heads * p.r;
+    const int32_t n_items = count_items(p);
     const int32_t most_blocks = p.n_blocks > 1 ? p.n_blocks - 1 : 1;
     const int32_t n_warps = most_blocks * COMBINE_WARPS;
     int32_t item_warps = COMBINE_WARPS;
@@ -112,4 +128,11 @@ lk_status launch_combine(const decode_params &p, cudaStream_t stream, int32_t *c
     const int32_t n_blocks = 1 + (wanted < most_blocks ? wanted : most_blocks);
     return launch_early(dim3((unsigned)n_blocks), COMBINE_WARPS * LK_WARP, 0, stream, cuda_error,
                         kernel, p, item_warps);
+}
+
+lk_status launch_combine(const decode_params &p, cudaStream_t stream, int32_t *cuda_error) {
+    const lk_status status = launch(p, stream, cuda_error);
+    /* The kernel would have done it, and the next launch depends on it. */
+    if (status != LK_OK) (void)cudaMemsetAsync(p.n_taken, 0, sizeof *p.n_taken, stream);
+    return status;
 }

@@ -4,7 +4,7 @@
  *   the last one fetches tiles into a ring of shared memory, always as far ahead as the ring is long, also across units
  *   and chunks, and says which part of which unit comes next;
  *   teams of 4 compute: they take turns with the tiles, and warp w of a team has tokens 16 w .. 16 w + 15 of its tile, with
- *   a softmax state of its own. Tokens are the rows of the first product and query heads its columns, so that R <= 8
+ *   a softmax state of its own (at D 256, teams of 2 have half a tile each). Tokens are the rows of the first product and query heads its columns, so that R <= 8
  *   heads (16 in two column tiles) cost one pass over K and V;
  *   the others help: they bring the next part's q into the order of its operands, store the new token in its page, and
  *   merge the warps' states of the last part. Units that are cut into several parts are merged by combine.cu. */
@@ -20,7 +20,8 @@ template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void
 compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int warp, int lane) {
     using shape = decode_shape<D, COLUMN_TILES>;
-    const int32_t group = warp % 4, team = warp / 4;
+    const int32_t group = warp % shape::GROUPS, team = warp / shape::GROUPS;
+    constexpr int STAGES = 4 / shape::GROUPS; /* of a tile */
     ring_place at = {0, 0};
     for (int32_t index = 0;; index++) {
         const int slot = index & 1;
@@ -34,14 +35,18 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
         const tile_layout<D> layout(n_kept);
         const T *new_k = s.q + (slot * (p.r + 2) + p.r) * D;
         const bool with_new = p.k && part.ends;
-        if (!with_new) barrier_arrive(&s.part_empty[slot]);
+        const bool q_is_read = !with_new && warp_state<T, D, COLUMN_TILES>::Q_IN_REGISTERS;
+        if (q_is_read) barrier_arrive(&s.part_empty[slot]);
 
-        for (int32_t tile = part.tile_begin; tile < part.tile_end && !u.is_void; tile++) {
+        const int32_t n_stages = u.is_void ? 0 : (part.tile_end - part.tile_begin) * STAGES;
+        for (int32_t i = 0; i < n_stages; i++) {
             /* Each team waits for every tile and releases its stage: who waits for a phase must have seen the phase
              * before, and must see this one before the next begins. */
             barrier_wait(&s.full[at.stage], at.phase);
-            if ((tile - part.tile_begin) % shape::TEAMS == team) {
-                const int32_t first = lk_unit_page(&u, tile) * LK_PAGE_TOKENS + 16 * group;
+            if (i % shape::TEAMS == team) {
+                const int32_t tile = part.tile_begin + i / STAGES;
+                const int32_t first = lk_unit_page(&u, tile) * LK_PAGE_TOKENS +
+                                      16 * (i % STAGES * shape::GROUPS + group);
                 unsigned char *stage = s.stage + (size_t)at.stage * shape::STAGE_BYTES;
                 if (p.k && part.end - 1 >= first && part.end - 1 < first + 16)
                     patch_new<T, D>(s, part, n_kept, new_k, new_k + D, stage, lane);
@@ -57,9 +62,11 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
             if (lane == 0) barrier_arrive(&s.empty[at.stage]);
             at.advance(p.n_stages);
         }
-        if (with_new) barrier_arrive(&s.part_empty[slot]);
+        if (!q_is_read) barrier_arrive(&s.part_empty[slot]);
         barrier_wait(s.states_empty, (index & 1) ^ 1);
-        w.put(s.states, p.r, warp, lane);
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; n++)
+            w.put(n, s.states + (warp * p.r + 8 * n) * shape::STATE_FLOATS, p.r - 8 * n, lane);
         barrier_arrive(s.states_full);
     }
 }
@@ -76,10 +83,9 @@ __device__ __forceinline__ void help(const decode_params &p,
         barrier_wait(&s.part_full[slot], (index >> 1) & 1);
         const decode_part part = s.part[slot];
         if (part.row >= 0)
-            make_q_operand<D, COLUMN_TILES>(
-                reinterpret_cast<const uint16_t *>(s.q + slot * (p.r + 2) * D),
-                s.order + part.head * D, p.r, s.n_kept[part.head],
-                s.q_operand + slot * shape::Q_WORDS, thread, shape::HELPER_THREADS);
+            make_q_operand<D>(reinterpret_cast<const uint16_t *>(s.q + slot * (p.r + 2) * D), D,
+                              s.order + part.head * D, p.r, COLUMN_TILES, s.n_kept[part.head],
+                              s.q_operand + slot * shape::Q_WORDS, thread, shape::HELPER_THREADS);
         barrier_arrive(&s.q_full[slot]);
         if (part.row >= 0 && p.k && part.ends && part.end > 0) {
             const T *new_k = s.q + (slot * (p.r + 2) + p.r) * D;

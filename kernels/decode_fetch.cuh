@@ -6,10 +6,11 @@
 #include "decode_plan.cuh"
 
 /* Where a stage has what, in bytes: kept K, V and dropped K of a live head; K and V of an empty one. */
-template <int D> struct tile_layout {
+template <int D, int GROUPS = stage_groups(D)> struct tile_layout {
     int32_t v, dropped;
     __device__ __forceinline__ explicit tile_layout(int32_t n_kept)
-        : v(n_kept > 0 ? 128 * n_kept : 128 * D), dropped(n_kept > 0 ? 128 * (n_kept + D) : 0) {}
+        : v(32 * GROUPS * (n_kept > 0 ? n_kept : D)),
+          dropped(n_kept > 0 ? 32 * GROUPS * (n_kept + D) : 0) {}
 };
 
 typedef struct {
@@ -88,19 +89,23 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
 #endif
     }
 
-    __device__ __forceinline__ void fetch_tile(int64_t page, int64_t twin, int32_t n_kept,
-                                               bool whole, int32_t n_groups) {
+    /* n_groups: of the tile, from the stage's first group on. */
+    __device__ __forceinline__ void fetch_stage(int64_t page, int64_t twin, int32_t n_kept,
+                                                bool whole, const int32_t first_group,
+                                                int32_t n_groups) {
         unsigned char *to = s.stage + (size_t)at.stage * smem::shape::STAGE_BYTES;
         uint64_t *bar = &s.full[at.stage];
         const tile_layout<D> layout(n_kept);
-        const tile_bytes n = bytes_of(n_kept, whole, n_groups);
+        const int64_t v = (n_kept > 0 ? page : twin) + tile_layout<D, 4>(n_kept).v;
+        const int32_t skipped = 32 * first_group;
+        const tile_bytes n = bytes_of(n_kept, whole, min(max(n_groups, 0), smem::shape::GROUPS));
         warp_wait(&s.empty[at.stage], at.phase ^ 1, lane);
 #if LK_BULK_COPY
         if (lane == 0) barrier_expect(bar, n.page + n.twin + n.v);
 #endif
-        copy(to, page, n.page, bar);
-        copy(to + layout.dropped, twin, n.twin, bar);
-        copy(to + layout.v, (n_kept > 0 ? page : twin) + layout.v, n.v, bar);
+        copy(to, page + skipped * n_kept, n.page, bar);
+        copy(to + layout.dropped, twin + skipped * (D - n_kept), n.twin, bar);
+        copy(to + layout.v, v + skipped * D, n.v, bar);
 #if !LK_BULK_COPY
         arrive_after_copies(bar);
 #endif
@@ -134,7 +139,7 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
             bytes_of(n_kept, f.twin != 0, groups_of(f.part, f.part.tile_begin + lane));
         if (n.page) bulk_prefetch(page, n.page);
         if (n.twin) bulk_prefetch(twin, n.twin);
-        if (n.v) bulk_prefetch((n_kept > 0 ? page : twin) + tile_layout<D>(n_kept).v, n.v);
+        if (n.v) bulk_prefetch((n_kept > 0 ? page : twin) + tile_layout<D, 4>(n_kept).v, n.v);
 #endif
     }
 
@@ -147,11 +152,15 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
             if (first > now.part.tile_begin) find_tiles(&now, unit, first);
             const int32_t n = min(LK_WARP, end - first);
 #pragma unroll 1
-            for (int32_t i = 0; i < n; i++)
-                fetch_tile(__shfl_sync(LK_ALL, now.page, i) + page_off,
-                           __shfl_sync(LK_ALL, now.twin, i) + twin_off, n_kept,
-                           n_kept < D && lk_unit_is_whole(&unit, first + i),
-                           groups_of(now.part, first + i));
+            for (int32_t i = 0; i < n; i++) {
+                const int64_t page = __shfl_sync(LK_ALL, now.page, i) + page_off;
+                const int64_t twin = __shfl_sync(LK_ALL, now.twin, i) + twin_off;
+                const bool whole = n_kept < D && lk_unit_is_whole(&unit, first + i);
+                const int32_t n_groups = groups_of(now.part, first + i);
+#pragma unroll
+                for (int g = 0; g < 4; g += smem::shape::GROUPS)
+                    fetch_stage(page, twin, n_kept, whole, g, n_groups - g);
+            }
         }
     }
 
@@ -283,10 +292,10 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
     __device__ __forceinline__ void prepare() {
         sum_rows(s.row_base, p.layer.n_rows, lane);
         __syncwarp();
-        cut =
-            lk_cut_make(s.row_base[p.layer.n_rows], p.layer.n_rows * p.layer.n_heads, gridDim.x, D);
+        cut = lk_cut_make(s.row_base[p.layer.n_rows], p.layer.n_rows * p.layer.n_heads, gridDim.x,
+                          D, LK_PLAN_HALVINGS);
         begin_chunk(blockIdx.x);
-        prefetch(now, p.n_stages);
+        prefetch(now, p.n_stages * smem::shape::GROUPS / 4);
     }
 
     __device__ __forceinline__ void run() {

@@ -7,16 +7,20 @@
 
 #include <math.h>
 
-/* A column's result, 4 neighbouring value indices from d on: o and lse, with the sink's logit where there is one. */
+/* A column's result, 4 neighbouring value indices from d on: o and lse, with the sink's logit where there is one.
+ * query: which of [B, Hq, n_t] it is. */
 template <typename T>
-__device__ __forceinline__ void write_out(const decode_params &p, int32_t row, int32_t head,
-                                          bool has_keys, int32_t column, int32_t d, float m,
-                                          float l, const float o[4]) {
-    const int32_t h = head * p.r + column;
-    const int64_t at = (int64_t)row * (p.layer.n_heads * p.r) + h;
+__device__ __forceinline__ void write_out(const decode_params &p, int32_t query, bool has_keys,
+                                          int32_t d, float m, float l, const float o[4]) {
+    int32_t h = query;
+    int64_t at = query;
+    if (p.o_stride > 1) {
+        h = query / p.n_t;
+        at = (int64_t)h * p.o_stride + query % p.n_t;
+    }
     float factor = 1.0f;
     if (p.sinks && has_keys) {
-        const float sink = p.sinks[h] * LK_LOG2_E, top = fmaxf(m, sink);
+        const float sink = p.sinks[h % p.n_q_heads] * LK_LOG2_E, top = fmaxf(m, sink);
         if (top != -INFINITY) {
             factor = exp2_fast(m - top);
             l = l * factor + exp2_fast(sink - top);
@@ -28,6 +32,14 @@ __device__ __forceinline__ void write_out(const decode_params &p, int32_t row, i
                          pack2<T>(o[2] * factor, o[3] * factor)};
     *reinterpret_cast<uint2 *>(static_cast<T *>(p.o) + at * p.layer.head_dim + d) = words;
     if (p.lse && d == 0) p.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * LK_LN_2;
+}
+
+/* Which of the queries [B, Hq, n_t] column `column` of a unit is; -1 past the last one. */
+__device__ __forceinline__ int32_t find_query(const decode_params &p, int32_t unit,
+                                              int32_t column) {
+    if (p.column_blocks == 1) return unit * p.r + column;
+    column += unit % p.column_blocks * p.r;
+    return column < p.n_columns ? unit / p.column_blocks * p.n_columns + column : -1;
 }
 
 /* Where in `states` the state of a chunk's part of a unit is. A chunk has at most two parts that are not whole units: one
@@ -47,6 +59,25 @@ __device__ __forceinline__ void put_state(float *state, int32_t r, int32_t colum
     }
 }
 
+/* Take the same column of n warps together, 4 value indices from d on. step: floats from a warp's state to the next one's. */
+template <int D>
+__device__ __forceinline__ void merge_warps(const float *states, int32_t step, const int n,
+                                            int32_t d, float *m, float *l, float o[4]) {
+    *m = -INFINITY;
+    *l = o[0] = o[1] = o[2] = o[3] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < n; k++) *m = fmaxf(*m, states[k * step + D]);
+    const float shift = *m == -INFINITY ? 0.0f : *m;
+#pragma unroll
+    for (int k = 0; k < n; k++) {
+        const float *state = states + k * step;
+        const float factor = exp2_fast(state[D] - shift);
+        *l += state[D + 1] * factor;
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[i] += state[d + i] * factor;
+    }
+}
+
 /* By the helper threads. combine.cu is told which chunks have a unit's first and last tile. */
 template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void finish_part(const decode_params &p,
@@ -55,28 +86,18 @@ __device__ __forceinline__ void finish_part(const decode_params &p,
     using shape = decode_shape<D, COLUMN_TILES>;
     const bool begins = part.tile_begin == 0;
     float *into = begins && part.ends ? NULL : p.states + part_place(p, part.chunk, begins);
-    int2 *chunks = &p.unit_chunks[part.row * p.layer.n_heads + part.head];
+    const int32_t unit = part.row * p.layer.n_heads + part.head, first_query = unit * p.r;
+    int2 *chunks = &p.unit_chunks[unit];
     if (thread == 0 && begins) chunks->x = part.chunk;
     if (thread == 0 && part.ends) chunks->y = part.chunk;
 #pragma unroll 1
     for (int32_t item = thread; item < p.r * (D / 4); item += shape::HELPER_THREADS) {
         const int32_t column = item / (D / 4), d = item % (D / 4) * 4;
-        const float *states = s.states + column * shape::STATE_FLOATS;
-        float m = -INFINITY, l = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-        for (int k = 0; k < shape::COMPUTE_WARPS; k++)
-            m = fmaxf(m, states[k * p.r * shape::STATE_FLOATS + D]);
-        const float shift = m == -INFINITY ? 0.0f : m;
-#pragma unroll
-        for (int k = 0; k < shape::COMPUTE_WARPS; k++) {
-            const float *state = states + k * p.r * shape::STATE_FLOATS;
-            const float factor = exp2_fast(state[D] - shift);
-            l += state[D + 1] * factor;
-#pragma unroll
-            for (int i = 0; i < 4; i++) o[i] += state[d + i] * factor;
-        }
+        float m, l, o[4];
+        merge_warps<D>(s.states + column * shape::STATE_FLOATS, p.r * shape::STATE_FLOATS,
+                       shape::COMPUTE_WARPS, d, &m, &l, o);
         if (into) put_state<D>(into, p.r, column, d, m, l, o);
-        else write_out<T>(p, part.row, part.head, part.end > 0, column, d, m, l, o);
+        else write_out<T>(p, first_query + column, part.end > 0, d, m, l, o);
     }
     barrier_arrive(s.states_empty);
 }

@@ -37,11 +37,11 @@ __device__ __forceinline__ void sum_rows(uint32_t *row_base, int32_t n, int lane
     }
 }
 
-/* What each row sees and costs, by all threads of the block. row_base is 0 and becomes costs of rows, one place up:
+/* What each row sees (view_row) and costs, by all threads of the block. row_base is 0 and becomes costs of rows, one place up:
  * the fetching warp sums them. Lengths may change while this runs: each is read once, so that costs agree with the views
  * that plan_holds checks. */
-template <typename Smem>
-__device__ __forceinline__ void make_plan(const decode_params &p, Smem &s) {
+template <typename Params, typename Smem>
+__device__ __forceinline__ void make_plan(const Params &p, Smem &s) {
     const lk_cuda_layer &layer = p.layer;
     const int32_t n_heads = layer.n_heads, n_units = layer.n_rows * n_heads;
     for (int32_t b = threadIdx.x; b < layer.n_rows; b += blockDim.x) s.row[b] = view_row(p, b);
@@ -52,7 +52,7 @@ __device__ __forceinline__ void make_plan(const decode_params &p, Smem &s) {
         const row_view view = s.row[i / n_heads];
         const lk_unit u =
             lk_unit_make(view.end, view.full_lo, layer.sink, s.n_kept[i % n_heads], layer.head_dim);
-        atomicAdd(&s.row_base[i / n_heads + 1], lk_unit_cost(&u));
+        atomicAdd(&s.row_base[i / n_heads + 1], lk_unit_cost(&u) * (uint32_t)p.column_blocks);
     }
 }
 

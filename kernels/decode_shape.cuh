@@ -7,12 +7,19 @@
 #define LK_MAX_STAGES 16 /* LK_RING_BYTES / STAGE_BYTES, at most */
 /* A longer ring is not faster, and blocks of the next kernel find no room beside it. */
 #define LK_RING_BYTES (160 * 1024)
-#define LK_O_PAD 4 /* floats after each row of o in shared memory: then no bank is met twice */
+/* Floats of a column's state in shared memory: o [D], m, l, and as many more that no bank is met twice. */
+#define LK_STATE_FLOATS(D) ((D) + 6)
+
+/* Groups of 16 tokens that a stage has: a whole tile, or half of a large one, so that the ring has more stages. */
+static __host__ __device__ constexpr int stage_groups(int head_dim) {
+    return head_dim <= 128 ? 4 : 2;
+}
 
 template <int D, int COLUMN_TILES> struct decode_shape {
-    /* Two column tiles take the registers of two teams. */
-    static constexpr int TEAMS = COLUMN_TILES == 1 ? 2 : 1;
-    static constexpr int COMPUTE_WARPS = 4 * TEAMS;
+    static constexpr int GROUPS = stage_groups(D);
+    /* Two column tiles take the registers of two teams, and so does a large head dim. */
+    static constexpr int COMPUTE_WARPS = COLUMN_TILES == 1 && D <= 128 ? 8 : 4;
+    static constexpr int TEAMS = COMPUTE_WARPS / GROUPS;
     static constexpr int HELPER_WARPS = 3;
     static constexpr int FETCH_WARP = COMPUTE_WARPS + HELPER_WARPS;
     static constexpr int COMPUTE_THREADS = COMPUTE_WARPS * LK_WARP;
@@ -20,9 +27,9 @@ template <int D, int COLUMN_TILES> struct decode_shape {
     static constexpr int THREADS = (FETCH_WARP + 1) * LK_WARP;
     /* As many threads would fill the registers: so each has at most 128, and with the same number of warps in every
      * quarter of a multiprocessor, a block of combine.cu fits beside a block. */
-    static constexpr int BOUND_THREADS = COLUMN_TILES == 1 ? 512 : THREADS;
-    static constexpr int STAGE_BYTES = 2 * D * LK_PAGE_TOKENS * 2;
-    static constexpr int STATE_FLOATS = 2 + D + LK_O_PAD; /* of one warp and column */
+    static constexpr int BOUND_THREADS = COMPUTE_WARPS == 8 ? 512 : THREADS;
+    static constexpr int STAGE_BYTES = 2 * D * 16 * GROUPS * 2;
+    static constexpr int STATE_FLOATS = LK_STATE_FLOATS(D); /* of one warp and column */
     static constexpr int Q_WORDS = COLUMN_TILES * (D / 16) * 2 * LK_WARP;
 };
 
@@ -39,7 +46,10 @@ typedef struct {
     float *lse;
     const uint8_t *valid;
     const float *sinks;
-    int32_t r, n_blocks, n_stages;
+    int32_t n_q_heads, r, n_blocks, n_stages;
+    /* Query columns. A unit has r of the n_columns of its (row, head), which has column_blocks such units; for one token per
+     * row they are the R query heads. Each head has n_t of them, and o_stride in o and lse. */
+    int32_t n_columns, column_blocks, n_t, o_stride;
     float scale, softcap;
     /* The workspace:
      *   n_taken                 chunks taken beyond one per block; 0 between launches

@@ -18,7 +18,10 @@ extern "C" {
 #endif
 
 /* Head dims that kernels are built for; Dv is D. */
-#define LK_CUDA_HEAD_DIMS {64, 80, 96, 128}
+#define LK_CUDA_HEAD_DIMS {64, 80, 96, 128, 256}
+/* And for mask learning. */
+#define LK_CUDA_LEARN_HEAD_DIMS {64, 80, 96, 128}
+#define LK_CUDA_MAX_HEAD_DIM 256
 #define LK_CUDA_MAX_R 16
 #define LK_CUDA_MAX_UNITS 262144 /* B * Hkv */
 
@@ -118,6 +121,39 @@ typedef struct {
 
 lk_status lk_cuda_append(const lk_cuda_append_args *args);
 
+/* ------------------------------------------------------------------------------- attend with spans (span.cu) */
+
+/* Append T columns and attend with each: as lk_cuda_append, and as lk_cuda_attend of one column after the other would.
+ *   q [B, Hq, T, D], k and v [B, Hkv, T, D], last axis contiguous; strides b, head, t in elements
+ *   o [B, Hq, T, D] and lse [B, Hq, T] or NULL, contiguous, written in full
+ *   valid [B, T] contiguous or NULL; sinks, softcap and alignment as in lk_cuda_attend
+ *   position [B * (T + 1)] int32 scratch
+ *   piece: columns that are stored and attend together, 1 to LK_CUDA_MOST_PIECE. More than one frees no channel that is
+ *     needed only if they are at most slack + 1, and no row that has tokens is shorter than its prompt; a row without a
+ *     token has its prompt in the first piece
+ *   columns_before: as in lk_cuda_append
+ *   work: lk_cuda_attend_work_bytes(LK_CUDA_MAX_HEAD_DIM, LK_CUDA_MAX_R, n_blocks), shared with lk_cuda_attend
+ * Launches per piece: 4. LK_E_SHAPE as in lk_cuda_attend, before the first launch. */
+#define LK_CUDA_MOST_PIECE 64
+typedef struct {
+    const lk_cuda_layer *layer;
+    const void *q, *k, *v;
+    int64_t q_stride[3], k_stride[3], v_stride[3];
+    void *o;
+    float *lse;
+    const uint8_t *valid;
+    const float *sinks;
+    int32_t *position;
+    int32_t n_q_heads, n_columns, piece, columns_before;
+    float scale, softcap;
+    void *work;
+    int32_t n_blocks, smem_bytes; /* as given by lk_cuda_device */
+    void *stream;
+    int32_t *cuda_error;
+} lk_cuda_span_args;
+
+lk_status lk_cuda_span(const lk_cuda_span_args *args);
+
 /* Keep the first n_columns columns (at most what is stored); 0 makes every row empty, with a new prompt to come. */
 lk_status lk_cuda_crop(const lk_cuda_layer *layer, int32_t n_columns, void *stream,
                        int32_t *cuda_error);
@@ -149,7 +185,7 @@ typedef struct {
 } lk_cuda_learn_launch;
 
 /* lk_learn_forward and lk_learn_backward of leank.h on the device: all data are device pointers, n_threads means nothing.
- *   dtype LK_BF16 or LK_F16, D one of LK_CUDA_HEAD_DIMS, Dv = D; L and B * Hq * T up to 2^29
+ *   dtype LK_BF16 or LK_F16, D one of LK_CUDA_LEARN_HEAD_DIMS, Dv = D; L and B * Hq * T up to 2^29
  *   rows of q, k, v, o and do are 16-byte aligned
  *   start is read on the device: what is not in [0, L] is taken as the nearest end of it
  * Products are of the dtype, sums f32: alpha * q, probabilities and gradients of logits are rounded to it, so that in f16

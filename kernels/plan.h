@@ -99,13 +99,14 @@ typedef struct {
 
 /* A quantum is not less than the largest tile, so that every chunk between the first and the last of a unit has a tile
  * of it. */
-LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_units, int32_t n_blocks, int32_t head_dim) {
+LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_units, int32_t n_blocks, int32_t head_dim,
+                           int32_t most_halvings) {
     lk_cut cut;
     cut.total = total;
     cut.n_blocks = n_blocks;
     cut.n_halvings = 0;
     const uint32_t share = total / (uint32_t)n_blocks;
-    while (cut.n_halvings < LK_PLAN_HALVINGS && share >> (cut.n_halvings + 1) >= LK_PLAN_LEAST_COST)
+    while (cut.n_halvings < most_halvings && share >> (cut.n_halvings + 1) >= LK_PLAN_LEAST_COST)
         cut.n_halvings++;
     cut.n_chunks = cut.n_halvings > 0 ? 2 * cut.n_halvings : 1;
     uint32_t n_quanta = (uint32_t)n_blocks << cut.n_halvings;

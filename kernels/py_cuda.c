@@ -92,6 +92,15 @@ static PyTypeObject *layer_type(PyObject *module) {
 
 /* ------------------------------------------------------------------------------------------------- launches */
 
+/* LK_E_SHAPE of an attend: what has no room on this GPU. */
+static PyObject *raise_no_room(const lk_cuda_layer *layer, int32_t n_q_heads, int32_t smem_bytes) {
+    return PyErr_Format(
+        PyExc_ValueError,
+        "q, cache: %d rows, %d query heads on %d KV heads and head dim %d need more "
+        "than the %d bytes of shared memory of a block on this GPU",
+        layer->n_rows, n_q_heads, layer->n_heads, layer->head_dim, smem_bytes);
+}
+
 static PyObject *py_attend(PyObject *module, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"layer",    "q",          "q_stride", "k",       "k_stride",
                             "v",        "v_stride",   "o",        "lse",     "valid",
@@ -127,13 +136,51 @@ static PyObject *py_attend(PyObject *module, PyObject *args, PyObject *kwargs) {
     a.stream = stream;
     a.cuda_error = &cuda_error;
     const lk_status status = lk_cuda_attend(&a);
-    if (status == LK_E_SHAPE)
-        return PyErr_Format(
-            PyExc_ValueError,
-            "q, cache: %d rows, %d query heads on %d KV heads and head dim %d need more "
-            "than the %d bytes of shared memory of a block on this GPU",
-            a.layer->n_rows, a.n_q_heads, a.layer->n_heads, a.layer->head_dim, a.smem_bytes);
+    if (status == LK_E_SHAPE) return raise_no_room(a.layer, a.n_q_heads, a.smem_bytes);
     return py_done_or_raise(status, "attend", cuda_error);
+}
+
+static PyObject *py_span(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"layer",      "q",         "q_stride", "k",
+                            "k_stride",   "v",         "v_stride", "o",
+                            "lse",        "valid",     "sinks",    "position",
+                            "n_q_heads",  "n_columns", "piece",    "columns_before",
+                            "scale",      "softcap",   "work",     "n_blocks",
+                            "smem_bytes", "stream",    NULL};
+    PyObject *layer;
+    void *q, *k, *v, *o, *lse, *valid, *sinks, *position, *work, *stream;
+    long long q_stride[3], k_stride[3], v_stride[3];
+    lk_cuda_span_args a = {0};
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "O!$O&(LLL)O&(LLL)O&(LLL)O&O&O&O&O&iiiiffO&iiO&:span", names,
+            layer_type(module), &layer, py_to_address, &q, &q_stride[0], &q_stride[1], &q_stride[2],
+            py_to_address, &k, &k_stride[0], &k_stride[1], &k_stride[2], py_to_address, &v,
+            &v_stride[0], &v_stride[1], &v_stride[2], py_to_address, &o, py_to_address, &lse,
+            py_to_address, &valid, py_to_address, &sinks, py_to_address, &position, &a.n_q_heads,
+            &a.n_columns, &a.piece, &a.columns_before, &a.scale, &a.softcap, py_to_address, &work,
+            &a.n_blocks, &a.smem_bytes, py_to_address, &stream))
+        return NULL;
+    int32_t cuda_error = 0;
+    a.layer = &((py_layer *)layer)->layer;
+    a.q = q;
+    a.k = k;
+    a.v = v;
+    for (int i = 0; i < 3; i++) {
+        a.q_stride[i] = q_stride[i];
+        a.k_stride[i] = k_stride[i];
+        a.v_stride[i] = v_stride[i];
+    }
+    a.o = o;
+    a.lse = lse;
+    a.valid = valid;
+    a.sinks = sinks;
+    a.position = position;
+    a.work = work;
+    a.stream = stream;
+    a.cuda_error = &cuda_error;
+    const lk_status status = lk_cuda_span(&a);
+    if (status == LK_E_SHAPE) return raise_no_room(a.layer, a.n_q_heads, a.smem_bytes);
+    return py_done_or_raise(status, "span", cuda_error);
 }
 
 static PyObject *py_append(PyObject *module, PyObject *args, PyObject *kwargs) {
@@ -326,6 +373,7 @@ static PyObject *py_built(PyObject *module, PyObject *unused) {
 /* clang-format off */
 static PyMethodDef methods[] = {
     {"attend", (PyCFunction)(void (*)(void))py_attend, METH_VARARGS | METH_KEYWORDS, "One step: see lk_cuda_attend."},
+    {"span", (PyCFunction)(void (*)(void))py_span, METH_VARARGS | METH_KEYWORDS, "Append columns and attend with them: see lk_cuda_span."},
     {"append", (PyCFunction)(void (*)(void))py_append, METH_VARARGS | METH_KEYWORDS, "Append columns: see lk_cuda_append."},
     {"crop", py_crop, METH_VARARGS, "crop(layer, n_columns, stream)"},
     {"gather", py_gather, METH_VARARGS, "gather(layer, row, n_tokens, k, v, stream)"},
@@ -343,6 +391,19 @@ static PyMethodDef methods[] = {
 };
 /* clang-format on */
 
+/* A tuple of n numbers. */
+static int add_ints(PyObject *module, const char *name, const int *numbers, size_t n) {
+    PyObject *tuple = PyTuple_New((Py_ssize_t)n);
+    for (size_t i = 0; tuple && i < n; i++) {
+        PyObject *number = PyLong_FromLong(numbers[i]);
+        if (number) PyTuple_SET_ITEM(tuple, (Py_ssize_t)i, number); /* steals */
+        else Py_CLEAR(tuple);
+    }
+    const int added = tuple ? PyModule_AddObjectRef(module, name, tuple) : -1;
+    Py_XDECREF(tuple);
+    return added;
+}
+
 static int module_exec(PyObject *module) {
     module_state *state = PyModule_GetState(module);
     state->layer_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &layer_spec, NULL);
@@ -353,12 +414,13 @@ static int module_exec(PyObject *module) {
     if (PyModule_AddIntConstant(module, "STATE_COLUMNS", LK_STATE_COLUMNS) != 0) return -1;
     if (PyModule_AddIntConstant(module, "STATE_OVERFLOW", LK_STATE_OVERFLOW) != 0) return -1;
     if (PyModule_AddIntConstant(module, "STATE_OPEN", LK_STATE_OPEN) != 0) return -1;
-    const int head_dims[] = LK_CUDA_HEAD_DIMS;
-    PyObject *dims =
-        Py_BuildValue("(iiii)", head_dims[0], head_dims[1], head_dims[2], head_dims[3]);
-    const int added = dims ? PyModule_AddObjectRef(module, "HEAD_DIMS", dims) : -1;
-    Py_XDECREF(dims);
-    if (added != 0) return -1;
+    if (PyModule_AddIntConstant(module, "MOST_PIECE", LK_CUDA_MOST_PIECE) != 0) return -1;
+    const int head_dims[] = LK_CUDA_HEAD_DIMS, learn_head_dims[] = LK_CUDA_LEARN_HEAD_DIMS;
+    if (add_ints(module, "HEAD_DIMS", head_dims, sizeof head_dims / sizeof *head_dims) != 0)
+        return -1;
+    if (add_ints(module, "LEARN_HEAD_DIMS", learn_head_dims,
+                 sizeof learn_head_dims / sizeof *learn_head_dims) != 0)
+        return -1;
     return PyModule_AddObjectRef(module, "Layer", (PyObject *)state->layer_type);
 }
 

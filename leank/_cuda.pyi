@@ -6,7 +6,9 @@ STATE_HEADER: int
 STATE_COLUMNS: int
 STATE_OVERFLOW: int
 STATE_OPEN: int
+MOST_PIECE: int
 HEAD_DIMS: tuple[int, ...]
+LEARN_HEAD_DIMS: tuple[int, ...]
 
 class DeviceInfo(TypedDict):
     capability: tuple[int, int]
@@ -50,6 +52,31 @@ def attend(
     valid: int | None,
     sinks: int | None,
     n_q_heads: int,
+    scale: float,
+    softcap: float,
+    work: int,
+    n_blocks: int,
+    smem_bytes: int,
+    stream: int,
+) -> None: ...
+def span(
+    layer: Layer,
+    *,
+    q: int,
+    q_stride: tuple[int, int, int],
+    k: int,
+    k_stride: tuple[int, int, int],
+    v: int,
+    v_stride: tuple[int, int, int],
+    o: int,
+    lse: int | None,
+    valid: int | None,
+    sinks: int | None,
+    position: int,
+    n_q_heads: int,
+    n_columns: int,
+    piece: int,
+    columns_before: int,
     scale: float,
     softcap: float,
     work: int,

@@ -312,7 +312,7 @@ def test_what_a_gpu_cannot_run_is_refused_before_weights_are_read(folder, monkey
     monkeypatch.setattr(cli_learn, "find_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr("leank.loading.Source.model", None)
     result = leank_learn(folder, dtype=dtype)
-    said = f"a head dim of {built.HEAD_DIMS} on CUDA, got 16"
+    said = f"a head dim of {built.LEARN_HEAD_DIMS} on CUDA, got 16"
     if dtype == "float32":
         said = "bfloat16 or float16 on CUDA, got torch.float32"
     assert result.exit_code == 2

@@ -30,8 +30,10 @@ def check_kind(dtype: torch.dtype, head_dim: int) -> None:
     """Check what CUDA limits of a model; TypeError or ValueError."""
     if dtype not in _DTYPES:
         raise TypeError(f"q: expected bfloat16 or float16 on CUDA, got {dtype}")
-    if head_dim not in _cuda.HEAD_DIMS:
-        raise ValueError(f"q: expected a head dim of {_cuda.HEAD_DIMS} on CUDA, got {head_dim}")
+    if head_dim not in _cuda.LEARN_HEAD_DIMS:
+        raise ValueError(
+            f"q: expected a head dim of {_cuda.LEARN_HEAD_DIMS} on CUDA, got {head_dim}"
+        )
 
 
 def _check(q: torch.Tensor, v: torch.Tensor, sink: int, recent: int, scale: float) -> None:

@@ -1,0 +1,3 @@
+#include "../span.cuh"
+
+LK_SPAN_INSTANCE(bf16, __nv_bfloat16, 64)

@@ -1,0 +1,3 @@
+#include "../span.cuh"
+
+LK_SPAN_INSTANCE(f16, __half, 64)
