@@ -126,12 +126,12 @@ def _head_count(geom: torch.Tensor, head_dim: int) -> int:
     return geom.numel() // (16 + head_dim)  # 4 numbers and D places of each head
 
 
-def _rows(name: str, x: torch.Tensor | None) -> tuple[int | None, tuple[int, int]]:
-    """Address and strides of rows [i, j], which are copied 16 bytes at a time."""
+def _rows(name: str, x: torch.Tensor | None, n_axes: int = 2) -> tuple[int | None, tuple[int, ...]]:
+    """Address and strides of rows, which n_axes count, and which are copied 16 bytes at a time."""
     if x is None:
-        return None, (0, 0)
-    address, strides = x.data_ptr(), x.stride()[:2]
-    if (address | 2 * strides[0] | 2 * strides[1]) % 16:
+        return None, (0,) * n_axes
+    address, strides = x.data_ptr(), x.stride()[:n_axes]
+    if (address | 2 * functools.reduce(int.__or__, strides)) % 16:
         used = [n for n, size in zip(strides, x.shape, strict=False) if size > 1]
         if address % 16 or any(n % 8 for n in used):
             raise ValueError(
@@ -184,6 +184,54 @@ def launch_attend(
         smem_bytes=info["smem_bytes"],
         stream=current_stream(device.index),
     )
+    return out, lse
+
+
+def launch_span(
+    cache,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    valid: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    return_lse: bool,
+    columns_before: int,
+    piece: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Store columns, `piece` at a time, and attend with them: arguments were checked."""
+    q_at, q_stride = _rows("q", q, 3)
+    n_rows, n_q_heads, n_columns, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
+    position = torch.empty(n_rows * (n_columns + 1), dtype=torch.int32, device=q.device)
+    info = _device_info(q.device.index)
+    with torch.cuda.device(q.device):
+        _cuda.span(
+            cache._layer,
+            q=q_at,
+            q_stride=q_stride,
+            k=k.data_ptr(),
+            k_stride=_stride(k, 3),
+            v=v.data_ptr(),
+            v_stride=_stride(v, 3),
+            o=out.data_ptr(),
+            lse=_pointer(lse),
+            valid=_pointer(valid),
+            sinks=_pointer(sinks),
+            position=position.data_ptr(),
+            n_q_heads=n_q_heads,
+            n_columns=n_columns,
+            piece=piece,
+            columns_before=columns_before,
+            scale=scale,
+            softcap=softcap,
+            work=cache._work.data_ptr(),
+            n_blocks=info["n_blocks"],
+            smem_bytes=info["smem_bytes"],
+            stream=current_stream(q.device.index),
+        )
     return out, lse
 
 

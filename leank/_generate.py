@@ -12,7 +12,6 @@ import warnings
 
 import transformers
 from transformers.generation import GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import LeanKCache, patch_of
 
@@ -21,7 +20,6 @@ _ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).pa
 _CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 # Without a GPU's memory to save, "offloaded" asks for what is done anyway.
 _CACHES = (None, "dynamic", "offloaded", "static")
-_ASSISTED = GenerationMode.ASSISTED_GENERATION
 # Ways to draft that run some of the model's own layers, or need what they computed.
 _DRAFTS = ("assistant_early_exit", "use_mtp", "speculation_type")
 # How the class's versions of the methods in REPLACED must begin.
@@ -114,7 +112,7 @@ def _prepare_cache(
         _refuse(generation_config)
         gpus = handle.gpus()
         if gpus:
-            _refuse_on_gpu(generation_config, generation_mode)
+            _refuse_on_gpu(generation_config)
         if len(gpus) > 1:
             generation_config.disable_compile = True  # graphs end where layers change their GPU
         call.is_assistant = generation_config.is_assistant
@@ -144,8 +142,17 @@ def _prepare_cache(
 
 def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
     """Announce the prompt, which is known here before it is cut into chunks."""
-    _announce(input_ids, model_kwargs, cut=patch_of(self).prefill == "pruned")
-    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    handle = patch_of(self)
+    _announce(input_ids, model_kwargs, cut=handle.prefill == "pruned")
+    before = generation_config.disable_compile
+    if handle.gpus():
+        generation_config.disable_compile = True  # its chunks: a graph there takes one token
+    try:
+        return type(self)._prefill(
+            self, input_ids, generation_config, model_kwargs, *args, **kwargs
+        )
+    finally:
+        generation_config.disable_compile = before
 
 
 def _candidate_generator(
@@ -241,17 +248,15 @@ def _refuse(generation_config) -> None:
         )
 
 
-def _refuse_on_gpu(generation_config, generation_mode) -> None:
-    """Raise for what takes several tokens per row after the prompt, or moves the cache."""
+def _refuse_on_gpu(generation_config) -> None:
+    """Raise for what needs a cache that grows, or one that moves."""
     what = (
-        ("assistant_model, prompt_lookup_num_tokens", generation_mode == _ASSISTED),
         ("is_assistant", generation_config.is_assistant),
-        ("prefill_chunk_size", generation_config.prefill_chunk_size),
         ("cache_implementation", generation_config.cache_implementation == "offloaded"),
     )
     for name, got in what:
         if got:
             raise NotImplementedError(
-                f"{name}: expected none on a GPU, where a cache stays and takes the prompt in one "
-                "call and then one token per row at a time so far; the CPU does it"
+                f"{name}: expected none on a GPU, where a cache has a fixed length and stays; the "
+                "CPU does it"
             )

@@ -54,8 +54,8 @@ def _attention(base: str, module, query, key, value, attention_mask, *args, **kw
         "sinks": None if sinks is None else sinks.detach().float(),
     }
 
-    def dense(mask):
-        return base_forward(base, module)(module, query, key.k, key.v, mask, **kwargs)[0]
+    def dense(q, k, v, mask):
+        return base_forward(base, module)(module, q, k, v, mask, **kwargs)[0]
 
     return _attend(query, key, attention_mask, terms, dense), None
 
@@ -68,10 +68,10 @@ def sdpa(
         raise ValueError("is_causal: expected True with a LeanKCache, got False")
     _refuse_numbers(query, key, dropout_p)
 
-    def dense(mask):
-        options = {"dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}
-        options |= {"attn_mask": mask, "scale": scale}
-        return F.scaled_dot_product_attention(query, key.k, key.v, **options).transpose(1, 2)
+    def dense(q, k, v, mask):
+        options = {"dropout_p": dropout_p, "enable_gqa": enable_gqa, "scale": scale}
+        options |= {"attn_mask": mask, "is_causal": is_causal and mask is None}
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
     return _attend(query, key, attn_mask, {"scale": scale}, dense).transpose(1, 2)
 
@@ -81,9 +81,9 @@ def _attend(
     tokens: NewTokens,
     mask: torch.Tensor | None,
     terms: dict,
-    dense: Callable[[torch.Tensor | None], torch.Tensor],
+    dense: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
-    """Attend and store; `dense` does so for a prompt. Returns [B, T, Hq, Dv]."""
+    """Attend and store; `dense` attends for a prompt. Returns [B, T, Hq, Dv]."""
     if torch.compiler.is_compiling():
         if _needs_gradient(query, tokens):
             _compiled.refuse(
@@ -92,10 +92,10 @@ def _attend(
             )
         if not tokens.layer.counts_on_device:
             return _compiled.attend(query, tokens, mask, terms)
-        if query.shape[2] > 1 or not tokens.layer.is_initialized:
+        if not tokens.layer.can_step(query.shape[2]):
             _compiled.refuse(
                 "expected one token per row after a prompt outside of the compiled model on a GPU, "
-                f"got {query.shape[2] if tokens.layer.is_initialized else 'the prompt'}"
+                f"got {query.shape[2] if query.shape[2] > 1 else 'the prompt'}"
             )
         valid = tokens.layer.step_columns(tokens, mask)
         return tokens.layer.attend(query, tokens.k, tokens.v, valid, terms)
@@ -110,20 +110,38 @@ def _packed(
     tokens: NewTokens,
     mask: torch.Tensor | None,
     terms: dict,
-    dense: Callable[[torch.Tensor | None], torch.Tensor] | None = None,
+    dense: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     layer, k, v = tokens.layer, tokens.k, tokens.v
-    n_columns = k.shape[2]
+    n_past, n_columns = layer.n_columns, k.shape[2]
     valid = _columns(tokens, mask)
     layer.open(k, v)
-    if dense is not None and layer.is_prompt_only(n_columns):
+    n_dense = 0 if dense is None else layer.dense_columns(n_columns)
+    outs = []
+    if n_dense:
         # The mask of a cache of fixed length covers columns to come as well.
-        out = dense(None if mask is None else mask[..., :n_columns])
-        layer.append(k.detach(), v.detach(), valid)
-    elif _needs_gradient(query, tokens):
-        out = _Attend.apply(query, k, v, layer.anchor, layer, valid, terms)
-    else:
-        out = layer.attend(query, k, v, valid, terms)
+        mask = None if mask is None else mask[:, :, :n_dense, : n_past + n_dense]
+        piece = (x[:, :, :n_dense] for x in (query, k, v))
+        prefill = partial(
+            layer.prefill,
+            valid=None if valid is None else valid[:, :n_dense],
+            mask=mask,
+            dense=dense,
+        )
+        if n_past and _needs_gradient(query, tokens):
+            outs.append(_Attend.apply(*piece, layer.anchor, prefill))
+        else:
+            outs.append(prefill(*piece))
+    if n_dense < n_columns:
+        piece = (x[:, :, n_dense:] for x in (query, k, v))
+        attend = partial(
+            layer.attend, valid=None if valid is None else valid[:, n_dense:], terms=terms
+        )
+        if _needs_gradient(query, tokens):
+            outs.append(_Attend.apply(*piece, layer.anchor, attend))
+        else:
+            outs.append(attend(*piece))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
     if torch.is_grad_enabled() and layer.anchor is None and (k.requires_grad or v.requires_grad):
         layer.anchor = torch.zeros((), requires_grad=True)
     return out
@@ -154,8 +172,8 @@ class _Attend(torch.autograd.Function):
     """A layer's `attend` where autograd looks on: stored tokens have no gradient."""
 
     @staticmethod
-    def forward(ctx, query, k, v, anchor, layer, valid, terms):
-        return layer.attend(query, k, v, valid, terms)
+    def forward(ctx, query, k, v, anchor, attend):
+        return attend(query, k, v)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -203,7 +221,7 @@ def _columns(tokens: NewTokens, mask: torch.Tensor | None) -> torch.Tensor | Non
     All layers of a forward get the same mask, so it is read once and kept on the cache.
     """
     cache, layer, k = tokens.cache, tokens.layer, tokens.k
-    if layer.counts_on_device and layer.n_columns:
+    if layer.counts_on_device and layer.can_step(k.shape[2]) and layer.n_columns:
         return layer.step_columns(tokens, mask)
     key = (layer.n_columns, k.shape[0], k.shape[2])
     if cache.columns is not None:
@@ -219,7 +237,7 @@ def _read_mask(
     layer: LeanKLayer, mask: torch.Tensor | None, n_past: int, n_rows: int, n_new: int
 ) -> torch.Tensor | None:
     if mask is None:
-        if n_past and int(layer.store.lengths.sum()) != n_rows * n_past:
+        if n_past and layer.has_padding():
             raise ValueError(
                 f"attention_mask: expected {(n_rows, n_past + n_new)} because the cache has "
                 "padding in its columns, got None or all ones"
@@ -238,8 +256,9 @@ def _read_mask(
         )
     allowed = allowed[..., :n_all]
     real = allowed[:, -1]
-    if n_past and not np.array_equal(real[:, :n_past], layer.store.real):
-        row, column = np.argwhere(real[:, :n_past].numpy() != layer.store.real)[0]
+    stored = layer.real if n_past else None
+    if n_past and not np.array_equal(real[:, :n_past].cpu(), stored):
+        row, column = np.argwhere(real[:, :n_past].cpu().numpy() != stored)[0]
         raise ValueError(
             "attention_mask: expected the padding that the cache was filled with, "
             f"got another value for row {row}, column {column}"

@@ -8,6 +8,7 @@ older ones are freed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,7 +95,7 @@ class LeanKLayer(CacheLayerMixin):
         if self.prompt_columns is not None:
             self.store.expect_prompt(self.prompt_columns)
         if self.record_past:
-            self.store.hold(True)
+            self.hold_past(True)
         self.is_initialized = True
 
     def make_store(self, **sizes) -> _C.LayerCache:
@@ -110,10 +111,27 @@ class LeanKLayer(CacheLayerMixin):
         if self.n_columns == 0:
             self.lazy_initialization(k, v)
 
-    def is_prompt_only(self, n_columns: int) -> bool:
-        """Whether a next call of so many columns is one dense attention among its own tokens."""
+    def dense_columns(self, n_columns: int) -> int:
+        """How many of a next call's columns attend by the framework's attention: the first ones.
+
+        On the CPU all or none: those of a prompt that comes in one call.
+        """
         announced = self.prompt_columns is None or n_columns <= self.prompt_columns
-        return self.n_columns == 0 and announced
+        return n_columns if self.n_columns == 0 and announced else 0
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        valid: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        dense: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """Attend with such columns by `dense(query, k, v, mask)`, and store them."""
+        out = dense(query, k, v, mask)
+        self.append(k.detach(), v.detach(), valid)
+        return out
 
     def append(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Store a prompt, which attends by the framework's attention; valid: bool [B, T]."""
@@ -149,6 +167,15 @@ class LeanKLayer(CacheLayerMixin):
 
     def check(self) -> None:
         """Raise if steps went wrong that the host did not see."""
+
+    @property
+    def real(self) -> np.ndarray:
+        """Which columns are tokens: bool [B, columns]."""
+        return self.store.real
+
+    def has_padding(self) -> bool:
+        """Whether some column is no token of some row."""
+        return int(self.store.lengths.sum()) != self.store.n_rows * self.n_columns
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Check K and V and return them; storing is the attention function's part."""
@@ -203,7 +230,7 @@ class LeanKLayer(CacheLayerMixin):
         elif self.store is not None:
             self.store.crop(min(n_columns, self.store.n_columns))
             if self.record_past:
-                self.store.hold(True)
+                self.hold_past(True)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns, as ``LeanKCache.crop``."""
@@ -217,8 +244,12 @@ class LeanKLayer(CacheLayerMixin):
     @record_past.setter
     def record_past(self, on: bool) -> None:
         if self.store is not None and on != self._records_past:
-            self.store.hold(on)
+            self.hold_past(on)
         self._records_past = on
+
+    def hold_past(self, on: bool) -> None:
+        """Keep what a crop to the columns of now needs, or nothing any more."""
+        self.store.hold(on)
 
     def activate_past_recording(self) -> None:
         """From now on, keep what the next crop may need."""

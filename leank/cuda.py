@@ -1,8 +1,9 @@
-"""Packed K and V of one attention layer on a CUDA device, and attention of one new token per row.
+"""Packed K and V of one attention layer on a CUDA device, and attention of new tokens.
 
 A cache is reserved: its pages are allocated when it is made, its lengths live on the device, and a
-step neither allocates nor waits, so that it can be compiled with ``torch.compile(fullgraph=True)``
-and captured in a CUDA graph. Kernels are in the extension ``leank._cuda``.
+step of one token per row neither allocates nor waits, so that it can be compiled with
+``torch.compile(fullgraph=True)`` and captured in a CUDA graph. Kernels are in the extension
+``leank._cuda``.
 """
 
 import math
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from leank import _C
-from leank._cuda_ops import _cuda, launch_attend, make_layer, register_cache, workspace
+from leank._cuda_ops import _cuda, launch_attend, launch_span, make_layer, register_cache, workspace
 from leank._cuda_ops import ops as _ops
 
 __all__ = ["LayerCache", "decode"]
@@ -31,7 +32,7 @@ class LayerCache:
     Parameters
     ----------
     keep : bool array [Hkv, D]
-        The mask; each head keeps a multiple of 8 channels. D is 64, 80, 96 or 128, and Dv is D.
+        The mask; each head keeps a multiple of 8 channels. D is 64, 80, 96, 128 or 256; Dv is D.
     n_rows : int
         B.
     sink, recent : int
@@ -182,6 +183,11 @@ class LayerCache:
         n0 = self._rows(2).cpu().long()
         return n0.where(n0 != _cuda.STATE_OPEN, -1)
 
+    @property
+    def real(self) -> np.ndarray:
+        """Which columns are tokens of a row: bool array [B, columns]. Waits for the device."""
+        return self._real[:, : self.n_columns].cpu().numpy() != 0
+
     def check(self) -> None:
         """Raise RuntimeError if a compiled or replayed step went past `max_tokens`.
 
@@ -238,6 +244,8 @@ class LayerCache:
         self._rows(1).fill_(min(self.sink, _MOST_TOKENS))
         self._rows(2).fill_(_cuda.STATE_OPEN)
         self._columns = 0
+        # So many columns hold every row's prompt; None: not known.
+        self._prompt_end: int | None = None
 
     # ------------------------------------------------------------------------------------- changes
 
@@ -285,6 +293,8 @@ class LayerCache:
             self._limits,
         )
         self._columns = before + n_columns
+        if before == 0 and valid is None and n_columns:
+            self._prompt_end = n_columns
 
     def crop(self, n_columns: int) -> None:
         """Keep the first `n_columns` columns; 0 makes every row empty."""
@@ -293,6 +303,8 @@ class LayerCache:
             raise ValueError(f"n_columns: expected 0 to {now}, got {n_columns}")
         _ops.crop(*self._buffers, n_columns, self._limits)
         self._columns = n_columns
+        if self._prompt_end is not None and n_columns < self._prompt_end:
+            self._prompt_end = None
 
     def gather(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return k and v [Hkv, L, D] of one row; NaN where nothing is stored any more."""
@@ -386,7 +398,7 @@ class LayerCache:
         self._real.copy_(real)
         self._state[header:].view(3, -1).copy_(state)
         self._state[:header].copy_(other._state[:header])
-        self._columns = other.n_columns
+        self._columns, self._prompt_end = other.n_columns, other._prompt_end
 
     def _copy_pages(self, other: "LayerCache", pairs: np.ndarray) -> None:
         """Copy pages of rows: pairs [n, 2] of a row of this cache and one of the other."""
@@ -430,9 +442,12 @@ class LayerCache:
         graph_state : int32 tensor, optional
             A compiled graph runs this, and has the state there.
         """
-        self._check_step(q, k, v, sinks)
+        n_columns = q.shape[2] if k is not None and q.dim() == 4 else 1
+        self._check_step(q, k, v, sinks, n_columns)
         if valid is not None:
-            valid = self._check_valid(valid, 1)
+            valid = self._check_valid(valid, n_columns)
+        if n_columns != 1:
+            return self._span(q, k, v, valid, sinks, scale, softcap, return_lse, graph_state)
         n_new = int(k is not None)
         in_graph, layer = graph_state is not None, self._layer
         if in_graph and graph_state.data_ptr() != self._state.data_ptr():
@@ -445,6 +460,42 @@ class LayerCache:
         self._columns = columns
         return out
 
+    def _span(self, q, k, v, valid, sinks, scale, softcap, return_lse, graph_state):
+        """`step` of several columns, whose number and place the host has to know."""
+        n_columns = q.shape[2]
+        if graph_state is not None or torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"q: expected one column in a step that is compiled or captured, got {n_columns}"
+            )
+        before, piece = self._count(n_columns), self._piece_columns(n_columns)
+        out = launch_span(self, q, k, v, valid, sinks, scale, softcap, return_lse, before, piece)
+        self._columns = before + n_columns
+        return out
+
+    def _piece_columns(self, n_columns: int) -> int:
+        """Columns of a call that are stored before they attend; may wait for the device.
+
+        Storing so many frees no channel that one of them needs.
+        """
+        most = min(self.slack + 1, _cuda.MOST_PIECE)
+        if self._prompt_end is not None:
+            return most
+        lengths, _, n0 = self._state[_cuda.STATE_HEADER :].view(3, -1).cpu()
+        is_open = n0 == _cuda.STATE_OPEN
+        # What a crop into a prompt has left whole is not more than slack, as after it.
+        is_cut = (lengths < n0) & ~is_open
+        if is_cut.any():
+            most = 1
+        if is_open.any() and n_columns > most:
+            row = int(is_open.int().argmax())
+            raise ValueError(
+                f"k: expected at most {most} columns because row {row} has no token yet, and all "
+                f"of its prompt is in this call, got {n_columns}"
+            )
+        if not (is_open | is_cut).any():
+            self._prompt_end = self.n_columns
+        return most
+
     # --------------------------------------------------------------------------------------- checks
 
     def _check_step(
@@ -453,17 +504,18 @@ class LayerCache:
         k: torch.Tensor | None,
         v: torch.Tensor | None,
         sinks: torch.Tensor | None,
+        n_columns: int,
     ) -> None:
         n_heads = self.n_heads
         n_q_heads = q.shape[1] if q.dim() == 4 else 0
-        self._check_tensor(q, "q", (self.n_rows, n_q_heads, 1, self.head_dim))
+        self._check_tensor(q, "q", (self.n_rows, n_q_heads, n_columns, self.head_dim))
         if n_q_heads == 0 or n_q_heads % n_heads or n_q_heads // n_heads > _cuda.MAX_R:
             raise ValueError(
                 f"q: expected a multiple of {n_heads} query heads, at most {_cuda.MAX_R} per KV "
                 f"head, got {n_q_heads}"
             )
         if k is not None:
-            shape = (self.n_rows, n_heads, 1, self.head_dim)
+            shape = (self.n_rows, n_heads, n_columns, self.head_dim)
             self._check_tensor(k, "k", shape)
             self._check_tensor(v, "v", shape)
         if sinks is not None:
@@ -530,16 +582,23 @@ def decode(
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attend by LeanK's rule to a cache and to one new token per row, which is stored.
+    """Attend by LeanK's rule to a cache and to new tokens, which are stored.
+
+    With one column nothing depends on the host, and it can be compiled and captured. With more, the
+    result is that of one column after the other, but for rounding. A call that brings the first
+    tokens of some row has at most min(slack + 1, 64) columns; it may wait for the device, as may
+    the first one, and one after a crop into a prompt.
 
     Parameters
     ----------
     cache : LayerCache
-    q : tensor [B, Hq, 1, D]
-    k, v : tensors [B, Hkv, 1, D], optional
-        K and V of the new token. None: they are stored already, and `q` is that of the last column.
-    valid : bool tensor [B, 1], optional
-        False where the column is padding of that row.
+    q : tensor [B, Hq, T, D]
+        T is 1 without k and v.
+    k, v : tensors [B, Hkv, T, D], optional
+        K and V of the new tokens. None: they are stored already, and `q` is that of the last
+        column.
+    valid : bool tensor [B, T], optional
+        False where a column is padding of that row.
     scale : float, optional
         1/sqrt(D) if None.
     softcap : float
@@ -551,7 +610,7 @@ def decode(
 
     Returns
     -------
-    tensor [B, Hq, 1, D], or a pair of it and a float32 tensor [B, Hq, 1]
+    tensor [B, Hq, T, D], or a pair of it and a float32 tensor [B, Hq, T]
         0 and -inf for padding.
 
     Raises
@@ -561,7 +620,7 @@ def decode(
         replayed step does not know that the cache is full: see `LayerCache.check`. Rows need shared
         memory: on an H100 up to about 11,000 of them fit.
     RuntimeError
-        CUDA refused a launch.
+        CUDA refused a launch, or several columns are compiled or captured.
 
     Notes
     -----

@@ -1,17 +1,56 @@
 """One layer of a ``LeanKCache`` on an NVIDIA GPU, over ``leank.cuda.LayerCache``.
 
-The prompt attends by the framework's attention and comes in one call; then each call brings one
-column. Such a step reads nothing on the host that depends on a length, so that a compiled model can
-be captured in CUDA graphs: what is wrong with a step is noted on the GPU, for `check`.
+The prompt attends by the framework's attention; what comes of it before its last call is kept
+dense until then. A step of one column after the prompt reads nothing on the host that depends on a
+length, so that a compiled model can be captured in CUDA graphs: what is wrong with a step is noted
+on the GPU, for `check`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 
 from .cache_layer import NewTokens
 from .cuda import LayerCache, decode
 from .static_layer import LeanKStaticLayer
+
+
+class _Prompt:
+    """The first columns of a prompt of which more is to come: dense K and V, and what is a token.
+
+    Room for all of it is taken at once, so that columns are written in place.
+    """
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, n_all: int) -> None:
+        shape = (*k.shape[:2], n_all, k.shape[3])
+        self.k, self.v = (x.new_empty(shape) for x in (k, v))
+        self.valid = torch.ones(len(k), n_all, dtype=torch.bool, device=k.device)
+        self.n_columns = 0
+
+    def put(
+        self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write columns behind those that are there; return K and V with them, and count none."""
+        n = self.n_columns + k.shape[2]
+        new = slice(self.n_columns, n)
+        self.k[:, :, new], self.v[:, :, new] = k.detach(), v.detach()
+        self.valid[:, new] = True if valid is None else valid
+        return self.k[:, :, :n], self.v[:, :, :n]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Make row i the former row rows[i]."""
+        rows = rows.to(self.k.device)
+        self.k, self.v, self.valid = (x[rows] for x in (self.k, self.v, self.valid))
+
+    def copy(self) -> _Prompt:
+        """Return a copy with tensors of its own."""
+        new = _Prompt.__new__(_Prompt)
+        new.__dict__.update(self.__dict__)
+        new.k, new.v, new.valid = self.k.clone(), self.v.clone(), self.valid.clone()
+        return new
 
 
 class LeanKCudaLayer(LeanKStaticLayer):
@@ -23,6 +62,13 @@ class LeanKCudaLayer(LeanKStaticLayer):
 
     # Whether a step's mask was not that of the columns stored: bool [] on the device.
     misfit: torch.Tensor | None = None
+
+    def __init__(self, keep: np.ndarray, **options: int) -> None:
+        super().__init__(keep, **options)
+        # What there is of a prompt that is not complete.
+        self.prompt: _Prompt | None = None
+        # Columns since which a crop has to lose nothing, while the past is recorded.
+        self._held_from = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Reserve pages where K is; after a reset those that there are serve, if they fit."""
@@ -47,18 +93,65 @@ class LeanKCudaLayer(LeanKStaticLayer):
     # ---------------------------------------------------------------------------------- attention
 
     def check_room(self, n_columns: int) -> None:
-        """Require a whole prompt, or one column, that fits."""
-        if self.n_columns and n_columns > 1:
-            raise NotImplementedError(
-                "k: expected one column per call after the prompt on a GPU, whose kernels attend "
-                f"with one token per row so far, got {n_columns}"
-            )
-        if not self.n_columns and self.prompt_columns not in (None, n_columns):
-            raise NotImplementedError(
-                f"k: expected the announced prompt of {self.prompt_columns} columns in one call, "
-                f"as a GPU's kernels need it so far, got {n_columns}"
-            )
+        """Require that so many columns more fit, and can be taken back if the past is recorded."""
         super().check_room(n_columns)
+        if not self.record_past:
+            return
+        total, start = self.n_columns + n_columns, self._held_from
+        if not self.is_initialized or not self.store.n_columns:  # the prompt is not cropped
+            start = max(start, self.prompt_columns or total)
+        slack = self.window["slack"]
+        if total - start > slack:
+            raise NotImplementedError(
+                f"k: expected at most slack = {slack} columns between crops while the past is "
+                f"recorded (drafts of assisted generation) on a GPU, got {total - start}"
+            )
+
+    def can_step(self, n_columns: int) -> bool:
+        """Whether a next call of so many columns is a step, if some are stored already.
+
+        It does not ask whether they are, for which a compiled step would wait.
+        """
+        return n_columns == 1 and self.is_initialized and self.prompt is None
+
+    def dense_columns(self, n_columns: int) -> int:
+        """How many of a next call's columns are of the prompt: the first ones."""
+        if self.n_columns and self.prompt is None:
+            return 0
+        if self.prompt_columns is None:
+            return n_columns
+        return min(n_columns, self.prompt_columns - self.n_columns)
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        valid: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        dense: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """Attend with columns of the prompt, densely; store them when it is complete."""
+        n_past, n_columns = self.n_columns, self.n_columns + k.shape[2]
+        n_all = self.prompt_columns or n_columns
+        if not n_past and n_columns == n_all:
+            out = super().prefill(query, k, v, valid, mask, dense)
+        else:
+            prompt = self.prompt or _Prompt(k, v, n_all)
+            all_k, all_v = prompt.put(k, v, valid)
+            if not n_past:
+                out = dense(query, k, v, mask)  # with a gradient, if it is asked for
+            else:
+                mask = _causal(query, n_columns) if mask is None else mask
+                out = dense(query, all_k, all_v, mask)
+            if n_columns < n_all:
+                prompt.n_columns, self.prompt = n_columns, prompt
+            else:
+                self.append(prompt.k, prompt.v, prompt.valid)
+                self.prompt = None
+        if self.record_past:
+            self.hold_past(True)
+        return out
 
     def append(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Store a prompt; valid: bool [B, T], anywhere."""
@@ -84,21 +177,21 @@ class LeanKCudaLayer(LeanKStaticLayer):
         query: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        valid: torch.Tensor,
+        valid: torch.Tensor | None,
         terms: dict,
     ) -> torch.Tensor:
-        """Store one column and attend, by the decode kernel; returns [B, 1, Hq, Dv] contiguous."""
+        """Store columns after the prompt and attend, by the kernels; returns [B, T, Hq, Dv]."""
         out = decode(
             self.store,
             query,
             k,
             v,
-            valid=valid,
+            valid=None if valid is None else valid.to(self.store.device),
             scale=terms.get("scale"),
             softcap=terms.get("softcap") or 0.0,
             sinks=terms.get("sinks"),
         )
-        return out.transpose(1, 2)
+        return out.transpose(1, 2).contiguous()
 
     def check(self) -> None:
         """Raise if steps of a compiled model went wrong; waits for the GPU."""
@@ -116,25 +209,53 @@ class LeanKCudaLayer(LeanKStaticLayer):
     @property
     def n_columns(self) -> int:
         """Columns stored; waits for the GPU once only the GPU knows."""
+        if self.prompt is not None:
+            return self.prompt.n_columns
         return self.store.n_columns if self.is_initialized else 0
+
+    @property
+    def real(self) -> np.ndarray:
+        """Which columns are tokens: bool [B, columns]. Waits for the GPU."""
+        if self.prompt is not None:
+            return self.prompt.valid[:, : self.n_columns].cpu().numpy()
+        return self.store.real
+
+    def has_padding(self) -> bool:
+        """Whether some column is no token of some row. Waits for the GPU."""
+        return not self.real.all()
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Columns stored; a tensor on the GPU once only the GPU knows."""
-        if not self.is_initialized:
-            return 0
+        if not self.is_initialized or self.prompt is not None:
+            return self.n_columns
         if torch.compiler.is_compiling() or self.store.may_be_replayed:
             return self.store.columns
         return self.store.n_columns
 
     def activate_past_recording(self) -> None:
-        """Fail: drafts are several tokens per row."""
-        raise NotImplementedError(
-            "activate_past_recording: expected a cache on the CPU, got one on a GPU, which takes "
-            "one token per row and call after the prompt so far, and no drafts"
-        )
+        """From now on, take no more columns between two crops than slack can give back."""
+        self.record_past = True
+        self.hold_past(True)
+
+    def hold_past(self, on: bool) -> None:
+        """Let a crop go back to the columns of now: those of `slack` are there anyway."""
+        self._held_from = self.n_columns
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows that an index tensor or a boolean tensor names, in its order."""
+        if self.prompt is not None:
+            self.prompt.select(indices)
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.n_columns:
+            self.batch_select_indices(torch.arange(self.store.n_rows).repeat_interleave(repeats))
 
     def crop_to(self, n_columns: int) -> None:
         """Keep the first ``n_columns`` columns; with none left, a new prompt is to come."""
+        if self.prompt is not None and n_columns:
+            self.prompt.n_columns = min(n_columns, self.prompt.n_columns)
         super().crop_to(n_columns)
         if self.misfit is not None:
             self.misfit.zero_()
@@ -142,6 +263,7 @@ class LeanKCudaLayer(LeanKStaticLayer):
     def reset(self) -> None:
         """Forget all tokens; the pages stay reserved, where they are."""
         super().reset()
+        self.prompt, self._held_from = None, 0
         if self.misfit is not None:
             self.misfit.zero_()
 
@@ -150,4 +272,13 @@ class LeanKCudaLayer(LeanKStaticLayer):
         new = super().__deepcopy__(memo)
         if self.misfit is not None:
             new._keep_misfit(self.misfit)
+        if self.prompt is not None:
+            new.prompt = self.prompt.copy()
         return new
+
+
+def _causal(query: torch.Tensor, n_columns: int) -> torch.Tensor:
+    """Return a mask [1, 1, T, n_columns] for the queries of the last T columns, to be added."""
+    n_new = query.shape[2]
+    mask = query.new_full((1, 1, n_new, n_columns), torch.finfo(query.dtype).min)
+    return mask.triu(n_columns - n_new + 1)

@@ -26,7 +26,8 @@ _FAKED = ("leank._cuda", "leank._cuda_built", "leank._cuda_ops", "leank.cuda", "
 def _module():
     """Stand in for the extension; numbers are those of kernels/leank_cuda.h."""
     module = types.ModuleType("leank._cuda")
-    module.HEAD_DIMS, module.MAX_R, module.MAX_UNITS = (64, 80, 96, 128), 16, 262144
+    module.HEAD_DIMS, module.LEARN_HEAD_DIMS = (64, 80, 96, 128, 256), (64, 80, 96, 128)
+    module.MAX_R, module.MAX_UNITS, module.MOST_PIECE = 16, 262144, 64
     module.STATE_COLUMNS, module.STATE_OVERFLOW = COLUMNS, OVERFLOW
     module.STATE_HEADER, module.STATE_OPEN = N_HEADER, OPEN
     module.geometry, module.Layer = _geometry, None
@@ -177,6 +178,29 @@ def _attend_row(layer, b, p, q, sinks, scale, softcap, out, lse):
         lse[h] = total
 
 
+def _launch_span(cache, q, k, v, valid, sinks, scale, softcap, return_lse, columns_before, piece):
+    """As span.cu: a piece is stored before it attends."""
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    lse = torch.full(q.shape[:3], -math.inf)
+    layer = cache._layer
+    for first in range(0, q.shape[2], piece):
+        new = slice(first, min(first + piece, q.shape[2]))
+        position = layer.len.copy()
+        tokens = None if valid is None else valid[:, new]
+        before = columns_before + first
+        _append(k[:, :, new], v[:, :, new], tokens, *cache._buffers, before, cache._limits)
+        for b in range(layer.n_rows):
+            for t in range(new.start, new.stop):
+                if valid is not None and not valid[b, t]:
+                    continue
+                p = int(position[b])
+                _attend_row(
+                    layer, b, p, q[b, :, t], sinks, scale, softcap, out[b, :, t], lse[b, :, t]
+                )
+                position[b] += 1
+    return out, lse if return_lse else None
+
+
 def _append(k, v, valid, slab, state, real, table, geom, columns_before, limits):
     """As append.cu: dropped channels that would retire at once are not stored."""
     layer = Layer(state, real, table, geom, limits, k.shape[3], k.dtype)
@@ -242,6 +266,7 @@ def emulated(monkeypatch):
             patches.setattr(cuda, "_checked_device", torch.device)
             patches.setattr(cuda, "make_layer", _make_layer)
             patches.setattr(cuda, "launch_attend", _quietly(_launch_attend))
+            patches.setattr(cuda, "launch_span", _quietly(_launch_span))
             patches.setattr(cuda, "workspace", lambda index: torch.zeros(8, dtype=torch.uint8))
             patches.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
             patches.setattr(layer, "device_type", "cpu")

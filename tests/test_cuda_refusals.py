@@ -45,8 +45,7 @@ def _fresh_compiler():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"prompt_lookup_num_tokens": 3}, "assistant_model, prompt_lookup_num_tokens: expected"),
-        ({"prefill_chunk_size": 8}, "prefill_chunk_size: expected none on a GPU"),
+        ({"is_assistant": True}, "is_assistant: expected none on a GPU"),
         ({"cache_implementation": "offloaded"}, "cache_implementation: expected none on a GPU"),
     ],
 )
@@ -56,31 +55,12 @@ def test_what_generate_refuses(one, options, message):
         generate(one.model, ids, **options)
 
 
-def test_several_tokens_after_the_prompt(one):
-    """And the cache goes on as if they had not come."""
-    message = "k: expected one column per call after the prompt on a GPU, .* got 2"
+def test_offloading(one):
     with one.patch():
         cache, ids, real = filled(one)
-        more = torch.cat([real, torch.ones(3, 2, dtype=torch.long)], 1)
-        with pytest.raises(NotImplementedError, match=message):
-            forward(one, draw(3, 2), cache, more)
-        with pytest.raises(NotImplementedError, match="activate_past_recording: expected a cache"):
-            cache.activate_past_recording()
         with pytest.raises(NotImplementedError, match="offload: expected a cache on the CPU"):
             cache.offload(0)
         steps(one, cache, ids, real, draw(3, 2))
-
-
-def test_prompt_in_several_calls(one):
-    with one.patch():
-        cache = leank.make_cache(one.model, max_cache_len=60)
-        cache.expect_prompt(40)
-        message = "k: expected the announced prompt of 40 columns in one call, .* got 30"
-        with pytest.raises(NotImplementedError, match=message):
-            forward(one, draw(1, 30), cache)
-        assert cache.n_columns == 0
-        forward(one, draw(1, 40), cache)
-        assert cache.n_columns == 40
 
 
 def test_caches_that_do_not_fit_the_place(one):
