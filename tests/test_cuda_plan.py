@@ -33,7 +33,7 @@ def launches(draw):
     n_rows = draw(st.integers(1, 6))
     ends = st.one_of(st.sampled_from((0, 1, 63, 64, 65)), st.integers(0, 40_000))
     ends = draw(st.lists(ends, min_size=n_rows, max_size=n_rows))
-    head_dim = draw(st.sampled_from((64, 80, 96, 128)))
+    head_dim = draw(st.sampled_from((64, 80, 96, 128, 256)))
     widths = st.sampled_from((0, 8, 32, head_dim - 8, head_dim))
     return {
         "ends": ends,

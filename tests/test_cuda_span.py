@@ -1,0 +1,297 @@
+"""leank.cuda.decode of several columns, and of D 256, against the float64 rule and the CPU op."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leank import LayerCache
+from leank import decode as cpu_decode
+
+from .compare import assert_within_budget
+from .compare import decode as widen
+from .conftest import draw, left_padded, random_keep
+from .cuda_tools import assert_same_contents, make, needs_gpu, to_coded, to_gpu, torch
+from .reference import History, attend
+from .test_decode import expected, options_of
+
+pytestmark = needs_gpu
+_cuda_ops = pytest.importorskip("leank._cuda_ops", reason="leank was built without CUDA")
+DTYPES = ["bfloat16", "float16"]
+
+# As in test_decode; a step of several columns comes after every row has a token.
+DEFAULT = {
+    "D": 64,
+    "widths": (0, 8, 24, 64),
+    "R": 2,
+    "window": (10, 40, 20),
+    "softcap": None,
+    "sinks": None,
+    "steps": (("append", (200, 70)), ("decode", (9, 9)), ("decode", (1, 1)), ("decode", (5, 2))),
+}
+TURNS = (("append", (300, 65)), ("decode", (70, 23)), ("decode", (1, 0)), ("decode", (3, 3)))
+CASES = {
+    **{f"R{R}": {"R": R} for R in (1, 3, 7, 8, 9, 16)},
+    **{f"D{D}": {"D": D, "widths": (0, 8, 24, D - 8, D), "steps": TURNS} for D in (80, 96, 128)},
+    "D256": {"D": 256, "widths": (0, 8, 40, 248, 256), "steps": TURNS},
+    "D256_R8": {"D": 256, "widths": (80,), "R": 8, "steps": TURNS},
+    "D256_R16": {"D": 256, "widths": (0, 40, 256), "R": 16, "steps": TURNS},
+    "D128_R16": {"D": 128, "widths": (0, 40, 128), "R": 16, "steps": TURNS},
+    "all_kept": {"widths": (64, 64), "steps": TURNS},
+    "all_empty": {"widths": (0, 0), "steps": TURNS},
+    "one_column_tile": {"R": 1, "steps": (("append", (200, 70)), ("decode", (2, 1)))},
+    # 1024 columns of a head: several blocks of columns.
+    "many_columns": {
+        "R": 16,
+        "window": (10, 40, 64),
+        "steps": (("append", (150, 90)), ("decode", (64, 64)), ("decode", (200, 17))),
+    },
+    "no_slack": {"window": (10, 40, 0)},
+    "pieces_of_two": {"window": (10, 40, 1), "steps": TURNS},
+    "padded": {
+        "steps": (
+            ("append", (200, 70, 1)),
+            ("decode", (9, 0, 4)),
+            ("decode", (0, 0, 2)),
+            ("decode", (30, 1, 17)),
+        )
+    },
+    "crop": {
+        "window": (10, 40, 20),
+        "steps": (
+            ("append", (400, 150)),
+            ("decode", (9, 9)),
+            ("crop", 402),
+            ("decode", (17, 17)),
+            ("crop", 290),
+            ("decode", (70, 70)),
+            ("crop", 270),
+            ("decode", (3, 3)),
+        ),
+    },
+    "prompt_comes_in_a_span": {
+        "steps": (("append", (100, 0)), ("decode", (5, 3)), ("decode", (30, 30)))
+    },
+    "select": {
+        "steps": (
+            ("append", (150, 90, 270)),
+            ("decode", (9, 9, 9)),
+            ("select", (2, 0, 0)),
+            ("decode", (30, 1, 9)),
+            ("select", (1, 2)),
+            ("decode", (9, 9)),
+        )
+    },
+    "long": {
+        "D": 128,
+        "R": 4,
+        "widths": (0, 16, 64, 128),
+        "window": (64, 128, 64),
+        "steps": (("append", (3000, 1500)), ("decode", (8, 8)), ("decode", (64, 64))),
+    },
+    "many_rows": {
+        "R": 1,
+        "widths": (0, 8),
+        "steps": (("append", tuple(range(1, 400, 3))), ("decode", (3,) * 133)),
+    },
+    "capped": {"softcap": 1.5, "steps": TURNS},
+    "sinks": {"sinks": 3.0, "steps": TURNS},
+    "capped_sinks_D256": {"D": 256, "softcap": 5.0, "sinks": 3.0, "R": 9, "steps": TURNS},
+}
+for window in [(0, 1, 0), (7, 1, 64), (33, 30, 5), (64, 64, 63), (65, 65, 64), (1000, 10, 3)]:
+    CASES["window_{}_{}_{}".format(*window)] = {
+        "window": window,
+        "widths": (0, 8),
+        "steps": (("append", (126, 200, 260)), ("decode", (70, 70, 2)), ("decode", (9, 9, 9))),
+    }
+
+
+def run_steps(case, seed, dtype):
+    """Run the steps on the GPU, the CPU and a history; check outputs and what is stored."""
+    from leank.cuda import decode
+
+    rng = np.random.default_rng(seed)
+    keep = random_keep(rng, case["D"], case["widths"])
+    terms = {name: x for name, x in options_of(case, keep).items() if x is not None}
+    on_gpu = terms | ({"sinks": to_gpu(terms["sinks"])} if "sinks" in terms else {})
+    window = dict(zip(("sink", "recent", "slack"), case["window"], strict=True))
+    n_rows = len(case["steps"][0][1])
+    history = History(n_rows, page=64, **window)
+    n_columns = sum(max(step[1]) for step in case["steps"] if step[0] in ("append", "decode"))
+    gpu = make(keep, dtype, n_rows=n_rows, max_tokens=n_columns, **window)
+    cpu = LayerCache(keep, n_rows=n_rows, dtype=dtype, **window)
+    for i, (op, argument) in enumerate(case["steps"]):
+        if op in ("crop", "select"):
+            for cache in (history, gpu, cpu):
+                as_array = cache is cpu and op == "select"
+                getattr(cache, op)(np.array(argument) if as_array else argument)
+            assert_same_contents(gpu, cpu, dtype)
+            continue
+        valid = left_padded(argument)
+        shape = (len(valid), len(keep), valid.shape[1], case["D"])
+        k, v = draw(rng, dtype, *shape), draw(rng, dtype, *shape)
+        q = draw(rng, dtype, shape[0], shape[1] * case["R"], *shape[2:])
+        history.put(k, v, valid)
+        if op == "append":
+            gpu.append(to_gpu(k), to_gpu(v), to_gpu(valid))
+            cpu.append(k, v, valid)
+        else:
+            inputs = (to_gpu(x) for x in (q, k, v))
+            out, lse = decode(gpu, *inputs, valid=to_gpu(valid), return_lse=True, **on_gpu)
+            other = widen(cpu_decode(cpu, q, k, v, valid=valid, **terms), dtype)
+            check(history, keep, q, to_coded(out), lse.cpu().numpy(), other, dtype, i, terms)
+        history.settle()
+        assert_same_contents(gpu, cpu, dtype)
+
+
+def check(history, keep, q, out, lse, other, dtype, i, terms):
+    """Compare with the truth, and the CPU's result with it too."""
+    for b in range(len(q)):
+        label = f"step {i} row {b}"
+        got, wanted = widen(out[b], dtype), expected(history, b, q[b], keep, dtype, **terms)
+        padding = np.array(history.positions(b, q.shape[2])) < 0
+        assert not got[:, padding].any(), label
+        assert (np.isneginf(lse[b]) == padding).all(), label
+        if wanted is None:
+            continue
+        assert_within_budget(got, *wanted, dtype, label)
+        assert_within_budget(other[b], *wanted, dtype, f"{label} on the CPU")
+        assert_lse(history, keep, b, q, lse[b], dtype, terms)
+
+
+def assert_lse(history, keep, b, q, lse, dtype, terms):
+    row = history.rows[b]
+    k, v = (widen(np.stack(x, axis=1), dtype).astype(np.float64) for x in (row.k, row.v))
+    rule = {"sink": history.sink, "recent": history.recent, "lo": row.lo, "n0": row.n0}
+    positions = history.positions(b, q.shape[2])
+    q64 = widen(q[b], dtype).astype(np.float64)
+    truth = attend(q64, k, v, positions, keep, scale=q.shape[3] ** -0.5, **rule, **terms)[1]
+    is_token = np.array(positions) >= 0
+    np.testing.assert_allclose(lse[:, is_token], truth[:, is_token], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_span_equals_rule(name, dtype):
+    run_steps(DEFAULT | CASES[name], len(name), dtype)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 7])
+@pytest.mark.parametrize("name", ["long", "padded", "many_columns", "D256", "D256_R8"])
+def test_few_blocks(monkeypatch, name, n_blocks):
+    """Few blocks have many parts each, one after the other."""
+    _cuda_ops.workspace(0)  # is kept, and has to be that of the real device
+    info = dict(_cuda_ops._device_info(0)) | {"n_blocks": n_blocks}
+    monkeypatch.setattr(_cuda_ops, "_device_info", lambda device: info)
+    run_steps(DEFAULT | CASES[name], len(name), "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["long", "many_columns", "D80", "D256"])
+def test_little_shared_memory(monkeypatch, name):
+    """As much as sm_89 has: fewer columns of a block, and a ring of one tile at D 256."""
+    info = dict(_cuda_ops._device_info(0)) | {"smem_bytes": 101376}
+    monkeypatch.setattr(_cuda_ops, "_device_info", lambda device: info)
+    steps = tuple(x for x in (DEFAULT | CASES[name])["steps"] if max(x[1]) > 1)
+    run_steps(DEFAULT | CASES[name] | {"steps": steps}, len(name), "bfloat16")
+
+
+@st.composite
+def cases(draw):
+    D = draw(st.sampled_from((64, 80, 96, 128, 256)), "D")
+    n_rows = draw(st.integers(1, 4), "B")
+    widths = st.lists(
+        st.sampled_from(sorted({0, 8, D // 16 * 8, D - 8, D})), min_size=1, max_size=4
+    )
+    prompt = st.tuples(*[st.integers(1, 400)] * n_rows)
+    spans = st.tuples(*[st.integers(0, 100)] * n_rows).filter(any)
+    return {
+        "D": D,
+        "widths": draw(widths, "widths"),
+        "R": draw(st.integers(1, 16), "R"),
+        "window": draw(st.tuples(st.integers(0, 130), st.integers(1, 130), st.integers(0, 70))),
+        "softcap": draw(st.sampled_from((None, 2.0)), "softcap"),
+        "sinks": draw(st.sampled_from((None, 3.0)), "sinks"),
+        "steps": (("append", draw(prompt)), ("decode", draw(spans)), ("decode", draw(spans))),
+    }
+
+
+@given(cases(), st.sampled_from(DTYPES), st.integers(0, 1000))
+@settings(max_examples=60)
+def test_span_of_random_shapes(case, dtype, seed):
+    run_steps(case, seed, dtype)
+
+
+# ------------------------------------------------------------------------------- what is not shapes
+
+
+def filled(dtype="bfloat16", D=128, widths=(0, 8, 24, 128), length=700, **options):
+    """Return a cache with a prompt, and the q, k and v of 9 columns; the same on every call."""
+    rng = np.random.default_rng(1)
+    options = {"sink": 10, "recent": 40, "slack": 20, "max_tokens": length + 200} | options
+    cache = make(random_keep(rng, D, widths), dtype, n_rows=2, **options)
+    shape = (2, len(widths))
+    cache.append(*(to_gpu(draw(rng, dtype, *shape, length, D)) for _ in "kv"))
+    q = to_gpu(draw(rng, dtype, 2, 4 * len(widths), 9, D))
+    return cache, q, *(to_gpu(draw(rng, dtype, *shape, 9, D)) for _ in "kv")
+
+
+@pytest.mark.parametrize("D", [128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_runs_agree_bit_for_bit(dtype, D):
+    """Which block takes which part of the work differs from run to run, the result does not."""
+    from leank.cuda import decode
+
+    cache, *inputs = filled(dtype, D, (0, 8, 24, 128, 64, 64, 32, 96), length=9000)
+    first = decode(cache, *inputs)
+    for _ in range(20):
+        cache.crop(9000)
+        assert torch.equal(decode(cache, *inputs), first)
+    one = [x[:, :, :1].contiguous() for x in inputs]
+    cache.crop(9000)
+    first = decode(cache, *one)
+    for _ in range(20):
+        cache.crop(9000)
+        assert torch.equal(decode(cache, *one), first)
+
+
+def test_sliced_inputs():
+    """Strided q, k and v, as a model's views of one projection are."""
+    from leank.cuda import decode
+
+    (cache, q, k, v), (other, *_) = filled(), filled()
+    fused = torch.cat([q, k, v], dim=1).transpose(1, 2).contiguous().transpose(1, 2)
+    parts = fused.split([q.shape[1], k.shape[1], v.shape[1]], dim=1)
+    assert torch.equal(decode(cache, q, k, v), decode(other, *parts))
+
+
+def test_refusals_change_nothing():
+    from leank.cuda import decode
+
+    cache, q, k, v = filled()
+    before = cache.slab.clone()
+    with pytest.raises(ValueError, match="k: expected \\(2, 4, 9, 128\\)"):
+        decode(cache, q, k[:, :, 1:], v)
+    with pytest.raises(ValueError, match="q: expected \\(2, 16, 1, 128\\)"):
+        decode(cache, q)
+    with pytest.raises(ValueError, match="valid: expected \\(2, 9\\)"):
+        decode(cache, q, k, v, valid=torch.ones(2, 1, dtype=torch.bool, device="cuda"))
+    full, *inputs = filled(max_tokens=708)
+    with pytest.raises(ValueError, match="at most max_tokens = 708 columns, got 700 \\+ 9"):
+        decode(full, *inputs)
+    empty = make(cache.keep, "bfloat16", n_rows=2, sink=10, recent=40, slack=4, max_tokens=50)
+    with pytest.raises(ValueError, match="k: expected at most 5 columns because row 0 has no"):
+        decode(empty, q, k, v)
+    assert torch.equal(cache.slab, before) and cache.n_columns == 700
+    assert full.n_columns == 700 and empty.n_columns == 0
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_capture_is_refused():
+    from leank.cuda import decode
+
+    cache, *inputs = filled()
+    with (
+        pytest.raises(RuntimeError, match="q: expected one column in a step that is compiled or"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        decode(cache, *inputs)
