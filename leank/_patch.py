@@ -175,15 +175,15 @@ def patch(
     On NVIDIA GPUs every cache has a fixed length. ``generate`` reserves what the longest call so
     far could need, and compiles its steps, with CUDA graphs. With ``disable_compile=True`` it does
     not, and reserves what the call itself can need; nor does it compile where layers are on several
-    GPUs. The prompt comes in one call and then one token per row at a time: chunked prefill, drafts
-    and longer second turns are refused.
+    GPUs. Chunks of a prompt are kept dense until its last one has come. Drafts of more than
+    ``slack`` tokens are refused, as is a patched model as the assistant.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         A causal language model on the CPU, in float32, bfloat16 or float16, or on NVIDIA GPUs, in
-        bfloat16 or float16 and with a head dim of 64, 80, 96 or 128, that attends to stored K and
-        V; layers with a sliding window, chunks or a state (as of Mamba, on the CPU) keep
+        bfloat16 or float16 and with a head dim of 64, 80, 96, 128 or 256, that attends to stored K
+        and V; layers with a sliding window, chunks or a state (as of Mamba, on the CPU) keep
         transformers' own cache. A model that is set to flash or flex attention uses sdpa, or else
         eager attention, until `unpatch`. The model is asked to read two tokens. Of a model that is
         cut between processes by tensor parallelism, each process prunes the KV heads that it has:

@@ -60,8 +60,8 @@ class LeanKCache(Cache):
         Columns that fit. None: it grows. Not for models whose layers keep a state.
     device : {"cpu", "cuda"}
         What the model computes on. "cuda": NVIDIA GPUs; each layer's pages are reserved on the GPU
-        that its K comes from, `max_cache_len` must be given, the prompt comes in one call, and each
-        call after it brings one token per row.
+        that its K comes from, and `max_cache_len` must be given. What has come of an announced
+        prompt is kept dense beside them until it is complete, and is in no figure of `memory`.
 
     Attributes
     ----------

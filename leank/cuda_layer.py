@@ -243,9 +243,9 @@ class LeanKCudaLayer(LeanKStaticLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that an index tensor or a boolean tensor names, in its order."""
+        super().batch_select_indices(indices)
         if self.prompt is not None:
             self.prompt.select(indices)
-        super().batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
