@@ -141,15 +141,17 @@ __device__ __forceinline__ void add_shared_kept(const uint32_t *q, int32_t n_kep
                                                lane, x);
 }
 
-/* Over the dropped ones of one group. */
-template <typename T, int D, int COLUMN_TILES>
+/* Over the dropped ones. */
+template <typename T, int D, int COLUMN_TILES, int G>
 __device__ __forceinline__ void add_shared_dropped(const uint32_t *q, int32_t n_kept,
                                                    const unsigned char *tiles, int lane,
-                                                   float (&x)[COLUMN_TILES][4]) {
-    const int32_t n_full = (D - n_kept) / 16;
-    add_shared_slots<T, D, COLUMN_TILES, 1>(q, D / 16 - n_full, n_full, tiles, 0, lane, x);
+                                                   float (&x)[G * COLUMN_TILES][4]) {
+    const int32_t n_full = (D - n_kept) / 16, group_bytes = 32 * (D - n_kept);
+    add_shared_slots<T, D, COLUMN_TILES, G>(q, D / 16 - n_full, n_full, tiles, group_bytes, lane,
+                                            x);
     if (n_kept % 16 != 0)
-        add_shared_half<T, D, COLUMN_TILES, 1>(q, n_kept / 16, 1, tiles + 512 * n_full, 0, lane, x);
+        add_shared_half<T, D, COLUMN_TILES, G>(q, n_kept / 16, 1, tiles + 512 * n_full, group_bytes,
+                                               lane, x);
 }
 
 /* ------------------------------------------------------------------------------------------ softmax and values */

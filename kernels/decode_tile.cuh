@@ -143,7 +143,7 @@ __device__ __forceinline__ void add_dropped(const warp_state<T, D, COLUMN_TILES>
         add_n_slots(w, true, n_full, tiles, lane, logits);
         if (n_kept % 16 != 0) add_half_slot(w, n_kept / 16, 1, tiles + 512 * n_full, lane, logits);
     } else {
-        add_shared_dropped<T, D, COLUMN_TILES>(w.q_shared, n_kept, tiles, lane, logits);
+        add_shared_dropped<T, D, COLUMN_TILES, 1>(w.q_shared, n_kept, tiles, lane, logits);
     }
 }
 

@@ -55,6 +55,9 @@ __device__ __forceinline__ void next_part(const span_params &p, const span_smem<
             part.ends = part.tile_end == u.n_tiles;
             part.end = view.end;
             part.full_lo = view.full_lo;
+            part.seen = p.first_new[at.row] + 1;
+            part.whole_from = full_lo_of(p.layer, state_lo(p.layer)[at.row],
+                                         state_n0(p.layer)[at.row], view.end - 1);
             at.base += lk_unit_cost(&u);
             if (++at.unit == p.layer.n_heads * p.column_blocks) {
                 at.unit = 0;
@@ -183,22 +186,23 @@ __device__ __forceinline__ void release_tile(const span_smem<T, D> &s, const spa
     fetch_tile(s, segment, next, slot, lane);
 }
 
-/* Take two groups of 16 tokens that are middle for every query. */
+/* Take two groups of 16 tokens that every query sees: as window, or without dropped_k as middle. */
 template <typename T, int D>
-__device__ __forceinline__ void take_middle_pair(const span_params &p,
-                                                 column_state<D, span_shape<D>::COLUMN_TILES> &w,
-                                                 const uint32_t *q, const unsigned char *kept_k,
-                                                 const unsigned char *v, int32_t n_kept, int lane) {
+__device__ __forceinline__ void
+take_seen_pair(const span_params &p, column_state<D, span_shape<D>::COLUMN_TILES> &w,
+               const uint32_t *q, const unsigned char *kept_k, const unsigned char *dropped_k,
+               const unsigned char *v, int32_t n_kept, int lane) {
     constexpr int N = span_shape<D>::COLUMN_TILES;
     float x[2 * N][4] = {};
     add_shared_kept<T, D, N, 2>(q, n_kept, kept_k, lane, x);
+    if (dropped_k) add_shared_dropped<T, D, N, 2>(q, n_kept, dropped_k, lane, x);
     scale_logits(p, x);
     uint32_t operand[2 * N][2];
     take_logits<T, 2, D, N>(w, x, operand);
     add_values<T, 2, D, N>(w, v, operand, lane);
 }
 
-/* Take 16 tokens of a whole tile: each query sees those up to its own, as window or as middle. first: the position of the first
+/* Take 16 tokens of a whole tile: each query sees some of them, as window or as middle. first: the position of the first
  * of them, some query sees it. position, window_from: of this warp's columns. */
 template <typename T, int D>
 __device__ __forceinline__ void
@@ -215,7 +219,7 @@ take_whole_group(const span_params &p, const span_part &part,
     for (int n = 0; n < N; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) x[n][i] = kept[n][i];
-    add_shared_dropped<T, D, N>(q, n_kept, dropped_k, lane, x);
+    add_shared_dropped<T, D, N, 1>(q, n_kept, dropped_k, lane, x);
     uint32_t hidden = 0; /* a bit for each logit */
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -256,21 +260,20 @@ take_pairs(const span_params &p, const span_smem<T, D> &s, const span_part &part
 #pragma unroll 1
     for (; pair < pair_end; pair++) {
         const unsigned char *kept_k = stage + 64 * pair * n_kept;
+        const unsigned char *dropped_k = stage + layout.dropped + 64 * pair * (D - n_kept);
         const unsigned char *v = stage + layout.v + 64 * pair * D;
-        if (!whole) {
-            take_middle_pair<T, D>(p, w, q, kept_k, v, n_kept, lane);
+        const int32_t first = page * LK_PAGE_TOKENS + 32 * pair, end = first + 32;
+        const bool is_window = end <= p.layer.sink || first >= part.whole_from;
+        if (!whole || (is_window && end <= part.seen)) {
+            take_seen_pair<T, D>(p, w, q, kept_k, whole ? dropped_k : NULL, v, n_kept, lane);
             continue;
         }
         const int32_t column = column_warp * shape::WARP_COLUMNS;
 #pragma unroll 1
-        for (int32_t group = 2 * pair; group < 2 * pair + 2; group++) {
-            const int32_t first = page * LK_PAGE_TOKENS + 16 * group;
-            if (first >= part.end) break;
+        for (int32_t g = 0; g < 2 && first + 16 * g < part.end; g++)
             take_whole_group<T, D>(p, part, w, q, s.position + column, s.window_from + column,
-                                   stage + 32 * group * n_kept,
-                                   stage + layout.dropped + 32 * group * (D - n_kept),
-                                   stage + layout.v + 32 * group * D, first, n_kept, lane);
-        }
+                                   kept_k + 32 * g * n_kept, dropped_k + 32 * g * (D - n_kept),
+                                   v + 32 * g * D, first + 16 * g, n_kept, lane);
     }
 }
 

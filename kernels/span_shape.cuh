@@ -45,6 +45,8 @@ typedef struct {
     int32_t chunk, tile_begin, tile_end;
     int32_t ends; /* has the unit's last tile */
     int32_t end, full_lo;
+    int32_t seen,
+        whole_from; /* tokens before `seen` are seen, those from whole_from on as window, by every query */
 } span_part;
 
 /* Where a block is in the work: the chunk's costs [begin, end), and the unit that comes next, which begins at base. */
