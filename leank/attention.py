@@ -113,38 +113,38 @@ def _packed(
     dense: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     layer, k, v = tokens.layer, tokens.k, tokens.v
-    n_past, n_columns = layer.n_columns, k.shape[2]
+    n_columns = k.shape[2]
     valid = _columns(tokens, mask)
     layer.open(k, v)
     n_dense = 0 if dense is None else layer.dense_columns(n_columns)
     outs = []
     if n_dense:
+        n_past = layer.n_columns
         # The mask of a cache of fixed length covers columns to come as well.
         mask = None if mask is None else mask[:, :, :n_dense, : n_past + n_dense]
-        piece = (x[:, :, :n_dense] for x in (query, k, v))
-        prefill = partial(
-            layer.prefill,
-            valid=None if valid is None else valid[:, :n_dense],
-            mask=mask,
-            dense=dense,
-        )
-        if n_past and _needs_gradient(query, tokens):
-            outs.append(_Attend.apply(*piece, layer.anchor, prefill))
-        else:
-            outs.append(prefill(*piece))
+        of_prompt = None if valid is None else valid[:, :n_dense]
+        prefill = partial(layer.prefill, valid=of_prompt, mask=mask, dense=dense)
+        piece = [x[:, :, :n_dense] for x in (query, k, v)]
+        # A first call's own tokens have their gradient.
+        outs.append(_without_gradient(prefill, tokens, *piece) if n_past else prefill(*piece))
     if n_dense < n_columns:
-        piece = (x[:, :, n_dense:] for x in (query, k, v))
-        attend = partial(
-            layer.attend, valid=None if valid is None else valid[:, n_dense:], terms=terms
-        )
-        if _needs_gradient(query, tokens):
-            outs.append(_Attend.apply(*piece, layer.anchor, attend))
-        else:
-            outs.append(attend(*piece))
+        piece = [query, k, v]
+        if n_dense:
+            piece = [x[:, :, n_dense:] for x in piece]
+            valid = None if valid is None else valid[:, n_dense:]
+        attend = partial(layer.attend, valid=valid, terms=terms)
+        outs.append(_without_gradient(attend, tokens, *piece))
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
     if torch.is_grad_enabled() and layer.anchor is None and (k.requires_grad or v.requires_grad):
         layer.anchor = torch.zeros((), requires_grad=True)
     return out
+
+
+def _without_gradient(function: Callable[..., torch.Tensor], tokens: NewTokens, *inputs):
+    """Return function(*inputs); a backward pass through it raises."""
+    if _needs_gradient(inputs[0], tokens):
+        return _Attend.apply(*inputs, tokens.layer.anchor, function)
+    return function(*inputs)
 
 
 def _needs_gradient(query: torch.Tensor, tokens: NewTokens) -> bool:

@@ -482,7 +482,7 @@ class LayerCache:
             return most
         lengths, _, n0 = self._state[_cuda.STATE_HEADER :].view(3, -1).cpu()
         is_open = n0 == _cuda.STATE_OPEN
-        # What a crop into a prompt has left whole is not more than slack, as after it.
+        # After a crop into a prompt, queries inside of it see whole what a longer piece would free.
         is_cut = (lengths < n0) & ~is_open
         if is_cut.any():
             most = 1
