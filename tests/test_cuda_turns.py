@@ -208,12 +208,18 @@ def test_second_turn_of_generate(one):
 # ------------------------------------------------------------------------------------------- drafts
 
 
-def test_prompt_lookup(one):
+@pytest.mark.parametrize("how", ["prompt lookup", "draft model"])
+def test_drafts(one, how):
     """Drafts change no token, and what they leave is what a plain run leaves."""
     ids = prompts([30])[0].repeat(1, 3).to(one.place)
     with one.patch():
         plain = generate(one.model, ids, disable_compile=True)
         options = {"prompt_lookup_num_tokens": SLACK - 1, "max_matching_ngram_size": 1}
+        if how == "draft model":
+            drafter = copy.deepcopy(one.plain).to(one.place)
+            drafter.generation_config.num_assistant_tokens = SLACK - 1
+            drafter.generation_config.num_assistant_tokens_schedule = "constant"
+            options = {"assistant_model": drafter}
         out = generate(one.model, ids, disable_compile=True, **options)
         assert out.sequences.shape == plain.sequences.shape
         sequences = out.sequences.cpu()[:, :-1]
