@@ -12,6 +12,7 @@ import warnings
 
 import transformers
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 
 from .cache import LeanKCache, patch_of
 
@@ -207,6 +208,18 @@ def _announce(input_ids, model_kwargs, cut: bool = False) -> None:
     cache.expect_prompt(n_columns)
 
 
+def _create_masks(self, **kwargs):
+    """Make the masks of a step on a GPU with one copy, where transformers takes many operations."""
+    cache, mask = kwargs.get(_CACHE), kwargs.get("attention_mask")
+    wide = None
+    if isinstance(cache, LeanKCache):
+        wide = cache.step_mask(kwargs["inputs_embeds"].shape[1], mask)
+    if wide is None:
+        return create_masks_for_generate(**kwargs)
+    kinds = getattr(kwargs["config"].get_text_config(), "layer_types", None)
+    return wide if kinds is None else dict.fromkeys(kinds, wide)
+
+
 def _init_continuous_batching(self, *args, **kwargs):
     raise NotImplementedError(
         "continuous batching: not supported on a patched model; call leank.unpatch(model) first"
@@ -220,6 +233,9 @@ REPLACED = {
     "_get_candidate_generator": _candidate_generator,
     "init_continuous_batching": _init_continuous_batching,
 }
+
+# What generate() has a function for, unless the model has its own.
+ADDED = {"create_masks_for_generate": _create_masks}
 
 
 def _refuse(generation_config) -> None:

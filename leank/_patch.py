@@ -1,8 +1,8 @@
 """``leank.patch``: make a HuggingFace model answer from a pruned cache, and put it back.
 
 What changes while a model is patched, and all of it goes away again: the name of the attention
-implementation in its config, one instance attribute for each method in ``REPLACED`` of
-``leank._generate``, and one that holds the handle. Weights, classes and modules are not touched.
+implementation in its config, one instance attribute for each method in ``REPLACED`` and ``ADDED``
+of ``leank._generate``, and one that holds the handle. Weights, classes and modules are not touched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import transformers
 from torch import nn
 
 from . import attention
-from ._generate import HOOKS, REPLACED
+from ._generate import ADDED, HOOKS, REPLACED
 from .cache import HANDLE, LeanKCache, patch_of
 from .cache_args import fitted_to, resolve_window
 from .cache_layer import LeanKLayer
@@ -111,6 +111,9 @@ class Patch:
         for name, function in REPLACED.items():
             if hasattr(type(self.model), name):
                 state[name] = types.MethodType(function, self.model)
+        for name, function in ADDED.items():
+            if not hasattr(type(self.model), name):
+                state[name] = types.MethodType(function, self.model)
         state[HANDLE] = self
         _in_force.add(self)
         if self.layout.interface:
@@ -126,7 +129,7 @@ class Patch:
                 if ours and _patch_with(config) is None:
                     config._attn_implementation = self.layout.name
             state = self.model.__dict__
-            for name in (*REPLACED, *_COMPILED, HANDLE):
+            for name in (*REPLACED, *ADDED, *_COMPILED, HANDLE):
                 state.pop(name, None)
             state.update(self._compiled)
 
@@ -317,7 +320,7 @@ def _check_free(model: nn.Module) -> None:
             "model: expected one that is not patched, got one that is; "
             "call leank.unpatch(model) first"
         )
-    taken = [name for name in REPLACED if name in state]
+    taken = [name for name in (*REPLACED, *ADDED) if name in state]
     if taken:
         raise ValueError(
             f"model: expected the methods of its class, got others for {', '.join(taken)}"

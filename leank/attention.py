@@ -84,21 +84,23 @@ def _attend(
     dense: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Attend and store; `dense` attends for a prompt. Returns [B, T, Hq, Dv]."""
+    layer = tokens.layer
+    needs_gradient, is_step = _needs_gradient(query, tokens), layer.can_step(query.shape[2])
     if torch.compiler.is_compiling():
-        if _needs_gradient(query, tokens):
+        if needs_gradient:
             _compiled.refuse(
                 "expected torch.no_grad() or torch.inference_mode() around a compiled model with "
                 "a LeanKCache, through which there is no gradient"
             )
-        if not tokens.layer.counts_on_device:
+        if not layer.counts_on_device:
             return _compiled.attend(query, tokens, mask, terms)
-        if not tokens.layer.can_step(query.shape[2]):
+        if not is_step:
             _compiled.refuse(
                 "expected one token per row after a prompt outside of the compiled model on a GPU, "
                 f"got {query.shape[2] if query.shape[2] > 1 else 'the prompt'}"
             )
-        valid = tokens.layer.step_columns(tokens, mask)
-        return tokens.layer.attend(query, tokens.k, tokens.v, valid, terms)
+    if is_step and not needs_gradient:
+        return layer.attend(query, tokens.k, tokens.v, layer.step_columns(tokens, mask), terms)
     out = _packed(query, tokens, mask, terms, dense)
     tokens.cache.note_columns()
     return out
@@ -221,7 +223,7 @@ def _columns(tokens: NewTokens, mask: torch.Tensor | None) -> torch.Tensor | Non
     All layers of a forward get the same mask, so it is read once and kept on the cache.
     """
     cache, layer, k = tokens.cache, tokens.layer, tokens.k
-    if layer.counts_on_device and layer.can_step(k.shape[2]) and layer.n_columns:
+    if layer.can_step(k.shape[2]):
         return layer.step_columns(tokens, mask)
     key = (layer.n_columns, k.shape[0], k.shape[2])
     if cache.columns is not None:

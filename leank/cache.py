@@ -136,6 +136,9 @@ class LeanKCache(Cache):
         # What compiled forwards on the CPU know of it.
         is_known = max_cache_len is not None and device == "cpu"
         self.state = _compiled.new_state(self) if is_known else None
+        # The mask of a step on a GPU, and how many of its columns are set.
+        self._step_mask: torch.Tensor | None = None
+        self._step_mask_columns = 0
         self.columns = None  # what leank.attention read from this forward's mask
         self._reached: set[tuple[int, str]] = set()  # layers, and what of them, by this forward
         self._due = 0  # columns after this forward
@@ -168,7 +171,8 @@ class LeanKCache(Cache):
         """Return the handle of new K and V of a pruned layer."""
         if not torch.compiler.is_compiling():  # else the operator does so, when the graph runs
             layer = self.layers[layer_idx]
-            self._due = layer.n_columns + k.shape[-2]
+            if layer_idx == self.first_packed:
+                self._due = layer.n_columns + k.shape[-2]
             k, v = layer.update(k, v)
         return NewTokens(self, layer_idx, k, v)
 
@@ -255,6 +259,38 @@ class LeanKCache(Cache):
         if torch.compiler.is_compiling() and self.max_cache_len is not None:
             return self.packed[0].get_seq_length() if self.state is None else self.state[1]
         return super().get_seq_length(layer_idx)
+
+    def step_mask(self, n_columns: int, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """
+        Return the mask of a step on a GPU: bool [B, 1, 1, max_cache_len], in the same place always.
+
+        Parameters
+        ----------
+        n_columns : int
+            New columns of the call.
+        mask : tensor [B, columns], optional
+            Which columns are tokens, the new one included.
+
+        Returns
+        -------
+        tensor or None
+            None where this is no such step, or a layer is not pruned, which may attend otherwise.
+        """
+        first = self.layers[self.first_packed]
+        if not (first.can_step(n_columns) and all(isinstance(x, LeanKLayer) for x in self.layers)):
+            return None
+        store = first.store
+        if mask is None or mask.ndim != 2 or mask.shape[1] > store.max_tokens:
+            return None
+        shape, n_columns = (len(mask), store.max_tokens), mask.shape[1]
+        if self._step_mask is None or self._step_mask.shape != shape:
+            with torch.inference_mode(False):  # else it could only be changed in that mode
+                self._step_mask = torch.zeros(shape, dtype=torch.bool, device=store.device)
+        elif n_columns < self._step_mask_columns:
+            self._step_mask[:, n_columns:].zero_()
+        self._step_mask[:, :n_columns].copy_(mask)
+        self._step_mask_columns = n_columns
+        return self._step_mask[:, None, None]
 
     def check(self) -> None:
         """

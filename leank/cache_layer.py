@@ -111,6 +111,10 @@ class LeanKLayer(CacheLayerMixin):
         if self.n_columns == 0:
             self.lazy_initialization(k, v)
 
+    def can_step(self, n_columns: int) -> bool:
+        """Whether a next call of so many columns is a step whose lengths the host need not know."""
+        return False
+
     def dense_columns(self, n_columns: int) -> int:
         """How many of a next call's columns attend by the framework's attention: the first ones.
 

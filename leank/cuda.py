@@ -243,7 +243,7 @@ class LayerCache:
         self._state.zero_()
         self._rows(1).fill_(min(self.sink, _MOST_TOKENS))
         self._rows(2).fill_(_cuda.STATE_OPEN)
-        self._columns = 0
+        self._columns, self.is_empty = 0, True
         # So many columns hold every row's prompt; None: not known.
         self._prompt_end: int | None = None
 
@@ -292,7 +292,7 @@ class LayerCache:
             before,
             self._limits,
         )
-        self._columns = before + n_columns
+        self._columns, self.is_empty = before + n_columns, before + n_columns == 0
         if before == 0 and valid is None and n_columns:
             self._prompt_end = n_columns
 
@@ -302,7 +302,7 @@ class LayerCache:
         if not 0 <= n_columns <= now:
             raise ValueError(f"n_columns: expected 0 to {now}, got {n_columns}")
         _ops.crop(*self._buffers, n_columns, self._limits)
-        self._columns = n_columns
+        self._columns, self.is_empty = n_columns, n_columns == 0
         if self._prompt_end is not None and n_columns < self._prompt_end:
             self._prompt_end = None
 
@@ -399,6 +399,7 @@ class LayerCache:
         self._state[header:].view(3, -1).copy_(state)
         self._state[:header].copy_(other._state[:header])
         self._columns, self._prompt_end = other.n_columns, other._prompt_end
+        self.is_empty = other.is_empty
 
     def _copy_pages(self, other: "LayerCache", pairs: np.ndarray) -> None:
         """Copy pages of rows: pairs [n, 2] of a row of this cache and one of the other."""
@@ -457,7 +458,7 @@ class LayerCache:
         # The device counts by itself; to ask it is to wait for it.
         columns = 0 if in_graph and self.may_be_replayed else self._count(n_new) + n_new
         out = launch_attend(layer, q, k, v, valid, sinks, self._work, scale, softcap, return_lse)
-        self._columns = columns
+        self._columns, self.is_empty = columns, self.is_empty and not n_new
         return out
 
     def _span(self, q, k, v, valid, sinks, scale, softcap, return_lse, graph_state):
@@ -469,7 +470,7 @@ class LayerCache:
             )
         before, piece = self._count(n_columns), self._piece_columns(n_columns)
         out = launch_span(self, q, k, v, valid, sinks, scale, softcap, return_lse, before, piece)
-        self._columns = before + n_columns
+        self._columns, self.is_empty = before + n_columns, False
         return out
 
     def _piece_columns(self, n_columns: int) -> int:

@@ -108,11 +108,15 @@ class LeanKCudaLayer(LeanKStaticLayer):
             )
 
     def can_step(self, n_columns: int) -> bool:
-        """Whether a next call of so many columns is a step, if some are stored already.
+        """Whether a next call of so many columns is a step: one column after the prompt."""
+        is_after_prompt = self.is_initialized and self.prompt is None and not self.store.is_empty
+        return n_columns == 1 and is_after_prompt
 
-        It does not ask whether they are, for which a compiled step would wait.
-        """
-        return n_columns == 1 and self.is_initialized and self.prompt is None
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Check K and V and return them; for a step `decode` checks them."""
+        if self.can_step(key_states.shape[-2]):
+            return key_states, value_states
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def dense_columns(self, n_columns: int) -> int:
         """How many of a next call's columns are of the prompt: the first ones."""
