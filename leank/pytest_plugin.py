@@ -111,7 +111,7 @@ def leank_mask(request: pytest.FixtureRequest) -> ChannelMask:
     parameters = _parameters(request)
     try:
         name = name.format(**parameters)
-    except (KeyError, IndexError, ValueError):
+    except (AttributeError, LookupError, ValueError):
         names = ", ".join(parameters) or "none"
         _fail(f"mask: expected fields among the test's parameters ({names}), got {name}")
     from leank.mask_source import load_mask
@@ -264,8 +264,7 @@ class _Results:
             return
         from leank.evaluation.report import draw_results, result_tables
 
-        width = terminalreporter._tw.fullwidth
-        for name, table in result_tables(self.records, width).items():
+        for name, table in result_tables(self.records).items():
             terminalreporter.write_sep("-", f"leank: {name}")
             terminalreporter.write_line(table)
         drawn = draw_results(self.folder / PLOT, self.records)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +25,10 @@ from .tiny_models import HKV, D, N
 
 pytest_plugins = "pytester"
 
-ROOT = Path(leank.__file__).parents[1]
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "experiments"
+ROOT = Path(__file__).resolve().parents[1]
+HOME = str(Path(leank.__file__).parents[1])  # of this copy of the package
+EXAMPLES = ROOT / "examples" / "experiments"
 PLUGIN = ("-p", "leank.pytest_plugin", "-p", "no:cacheprovider")
-PRINTED = "leank-results"
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_others_do_not_notice_it(pytester):
     said = []
     for options in (PLUGIN, ()):
         words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *options]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        environment = os.environ | {"PYTHONPATH": HOME, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stdout
         said.append(done.stdout.rsplit(" in ", 1)[0] + done.stderr)
@@ -79,9 +81,7 @@ def test_options_and_fixtures_have_its_prefix(here):
 
 
 def test_entry_point_and_option_p_together_load_it_once():
-    import tomllib
-
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     # pytest takes both for one plugin only where they have the same name.
     assert project["entry-points"]["pytest11"] == {"leank.pytest_plugin": "leank.pytest_plugin"}
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_recorded_is_refused(here, pytester, values, said):
     done = here(f"def test_one(leank_record): leank_record({values})")
     done.assert_outcomes(failed=1)
     assert f"ValueError: {said}" in done.stdout.str()
-    assert not (pytester.path / PRINTED).exists()
+    assert not (pytester.path / "leank-results").exists()
 
 
 def test_a_folder_that_cannot_be_made_ends_the_run(here, pytester):
@@ -279,6 +279,9 @@ def test_experiments_on_a_tiny_model(pytester):
             mask = ChannelMask.from_scores(scores, ratio, align, sink=8, recent=32)
             mask.save(pytester.path / f"mask-{ratio}-a{align}.safetensors")
     pytester.makepyfile(test_checks=CHECKS)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [experiment] = re.findall(r"^```\n(@pytest.*?)^```$", text, re.M | re.S)
+    pytester.makepyfile(test_readme=f"import pytest\n\n{experiment}")
     (pytester.path / "experiments").mkdir()
     for path in EXAMPLES.glob("test_*.py"):
         shutil.copy(path, pytester.path / "experiments")
@@ -287,16 +290,18 @@ def test_experiments_on_a_tiny_model(pytester):
         words = [sys.executable, "-m", "pytest", *PLUGIN, "-q", "--leank-model", str(model)]
         words += ["--leank-device", "cpu", "--leank-mask", mask, *names]
         # Models this small only wait for their threads.
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": HOME, "OMP_NUM_THREADS": "1"}
         return subprocess.run(words, capture_output=True, text=True, env=environment)
 
     done = run(
         "mask-{ratio}-a{align}.safetensors", "test_checks.py", "experiments/test_ratio_sweep.py"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    done = run("mask-0.5-a8.safetensors", "experiments/test_window.py")
+    done = run("mask-0.5-a8.safetensors", "experiments/test_window.py", "test_readme.py")
     assert done.returncode == 0, done.stdout + done.stderr
     found = records(pytester.path)
+    assert len([r for r in found if r["name"] == "test_readme.py::test_needles"]) == 2 * 3
+    found = [r for r in found if r["name"].startswith("experiments")]
     shares = {
         (r["name"].rpartition("::")[2], *r["parameters"].values()): r["values"]["bytes_share"]
         for r in found
@@ -306,3 +311,4 @@ def test_experiments_on_a_tiny_model(pytester):
     assert shares["test_pruned", 0.7, 8, 2048] < shares["test_pruned", 0.5, 8, 2048]
     assert shares["test_window", 32, 0] < shares["test_window", 512, 0]
     assert {r["values"]["score"] for r in found} <= {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert (pytester.path / "leank-results" / PLOT).is_file()

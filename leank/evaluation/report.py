@@ -124,15 +124,13 @@ def _picture() -> Any:
 # -------------------------------------------------------------------- results of experiments
 
 
-def result_tables(records: Sequence[dict[str, Any]], width: int) -> dict[str, str]:
+def result_tables(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Return a table for each test function, by its name: parameters, then values.
 
     Parameters
     ----------
     records : sequence of dict
         As `leank.pytest_plugin` writes them.
-    width : int
-        Of the terminal.
     """
     tables = {}
     for name in dict.fromkeys(record["name"] for record in records):
@@ -148,7 +146,8 @@ def result_tables(records: Sequence[dict[str, Any]], width: int) -> dict[str, st
                 *(_plain(record["parameters"].get(key)) for key in parameters),
                 *(_plain(record["values"].get(key)) for key in values),
             )
-        console = Console(file=io.StringIO(), width=width, color_system=None)
+        # Wider than any terminal: lines may wrap, but numbers must not be cut.
+        console = Console(file=io.StringIO(), width=1000, color_system=None)
         console.print(table)
         tables[name] = console.file.getvalue().rstrip()
     return tables
