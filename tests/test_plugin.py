@@ -160,7 +160,10 @@ def test_lines_join_what_differs_in_the_first_parameter(tmp_path, monkeypatch):
     )
     [axes] = figures[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert lines == {"x, b 1": [[50, 50], [100, 100]], "x, b 2": [[25, 50], [50, 100]]}
+    assert lines == {
+        "x by a, b 1": [[50, 50], [100, 100]],
+        "x by a, b 2": [[25, 50], [50, 100]],
+    }
 
 
 @pytest.mark.parametrize(

@@ -77,19 +77,23 @@ def draw_results(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    series: dict[tuple[str, ...], list[tuple[float, float, str]]] = {}
+    # By what is on one line: its points, and at each of them the values of the first parameter.
+    series: dict[str, dict[tuple[float, float], list[str]]] = {}
     for record in records:
-        first, *others = [f"{k} {v}" for k, v in record["parameters"].items()] or [""]
-        point = 100 * record["values"]["bytes_share"], 100 * record["values"]["score"], first
-        series.setdefault((record["name"], *others), []).append(point)
-    for i, ((name, *others), points) in enumerate(series.items()):
-        points.sort()
-        label = ", ".join([name.rpartition("::")[2].removeprefix("test_"), *others])
-        [line] = axes.plot(*zip(*(point[:2] for point in points), strict=True), "o-", label=label)
-        for share, score, first in points:
-            # Results that are alike would write over each other.
+        [(first, value), *others] = list(record["parameters"].items()) or [("", "")]
+        name = record["name"].rpartition("::")[2].removeprefix("test_")
+        label = ", ".join(
+            [f"{name} by {first}" if first else name, *(f"{k} {v}" for k, v in others)]
+        )
+        point = 100 * record["values"]["bytes_share"], 100 * record["values"]["score"]
+        series.setdefault(label, {}).setdefault(point, []).append(str(value))
+    for i, (label, points) in enumerate(series.items()):
+        [line] = axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+        for point, values in points.items():
+            # Lines that are alike would write over each other.
             place = {"xytext": (4, (4, -10, 13, -19)[i % 4]), "textcoords": "offset points"}
-            axes.annotate(first, (share, score), fontsize=7, color=line.get_color(), **place)
+            text = ", ".join(dict.fromkeys(values))
+            axes.annotate(text, point, fontsize=7, color=line.get_color(), **place)
     axes.set_xlim(0, max(110, 1.1 * axes.dataLim.x1))
     axes.set_ylim(min(-5, axes.dataLim.y0 - 5), max(105, axes.dataLim.y1 + 5))
     axes.set_xlabel("bytes of the cache, % of dense")
