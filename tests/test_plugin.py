@@ -76,7 +76,7 @@ def test_options_and_fixtures_have_its_prefix(here):
     assert options == ["--leank-model", "--leank-mask", "--leank-device", "--leank-results"]
     said = here("", "--fixtures").stdout.str()
     [_, mine] = said.split("fixtures defined from leank.pytest_plugin")
-    names = [line.split()[0] for line in mine.splitlines() if "pytest_plugin.py:" in line]
+    names = [line.split()[0] for line in mine.splitlines() if "leank/pytest_plugin.py:" in line]
     assert len(names) == 8 and all(name.startswith("leank_") for name in names)
 
 
