@@ -76,8 +76,8 @@ def leank_model(pytestconfig: pytest.Config) -> nn.Module:
     source = _source(pytestconfig)
     import torch
 
+    from leank.cli_errors import CommandError
     from leank.cli_learn import find_device
-    from leank.learning.plan import LearnError
     from leank.loading import LoadError, quiet
 
     try:
@@ -85,7 +85,7 @@ def leank_model(pytestconfig: pytest.Config) -> nn.Module:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with quiet():
             return source.model(dtype, device)
-    except (LearnError, LoadError) as error:
+    except (CommandError, LoadError) as error:
         _fail(str(error))
 
 
