@@ -80,7 +80,7 @@ SANITIZE_TESTS ?= tests
 # They run the same C as other tests do, for minutes or in processes of their own.
 SANITIZE_SKIP := $(patsubst %,--ignore=tests/test_learn_%.py,\
     cli data evaluate feed map parallel plan report run) \
-    $(patsubst %,--ignore=tests/test_%.py,cli compile devices docs)
+    $(patsubst %,--ignore=tests/test_%.py,cli compile devices docs notebooks plugin)
 sanitize: build
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r $(wildcard *.py *.toml *.txt *.md) LICENSE .pre-commit-config.yaml .ci csrc leank tests \

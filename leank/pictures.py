@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,13 @@ from matplotlib.figure import Figure
 
 from leank.inspection import Inspection
 
+if TYPE_CHECKING:
+    from leank.memory import MemoryReport
+
 GREY = "#666666"
 _DPI = 120
 _KEPT, _DROPPED, _EMPTY = "#1b4f72", "#eceff1", "#c0392b"
+_V = "#7fb3d5"
 NAMES = ("mask.png", "frequencies.png", "heads.png")
 
 
@@ -132,6 +137,25 @@ def draw_heads(path: Path, found: Inspection, title: str = "") -> None:
         last.set_title(text, loc="left", fontsize=10)
         last.legend(frameon=False, fontsize=9)
     last.spines[["top", "right"]].set_visible(False)
+    save(figure, path, title)
+
+
+def draw_memory(path: Path, reports: Mapping[str, MemoryReport], title: str = "") -> None:
+    """Write a picture of what caches hold, a bar for each; what `leank.memory_report` returns."""
+    totals = [report.total for report in reports.values()]
+    figure = Figure(figsize=(8, 1.4 + 0.55 * len(totals)), layout="constrained")
+    axes = figure.subplots()
+    k, v = (np.array([getattr(x, name) for x in totals]) / 1e6 for name in ("k_bytes", "v_bytes"))
+    names = list(reports)
+    axes.barh(names, k, color=_KEPT, label="K")
+    bars = axes.barh(names, v, left=k, color=_V, label="V")
+    texts = [f"{x.total_bytes / 1e6:,.1f} MB, {1 - x.saved:.0%} of dense" for x in totals]
+    axes.bar_label(bars, texts, padding=4, fontsize=9)
+    axes.set_xlim(0, 1.35 * (k + v).max(initial=1e-6))
+    axes.invert_yaxis()
+    axes.set_xlabel("MB")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
     save(figure, path, title)
 
 

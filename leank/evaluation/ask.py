@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +50,43 @@ class Answer:
 
 
 # ------------------------------------------------------------------------------- generate()
+
+
+class Reply(NamedTuple):
+    """What generate() said, its score from 0 to 1, and the cache behind it."""
+
+    said: str
+    score: float
+    cache: Cache
+
+
+@torch.no_grad()
+def reply_to(model: nn.Module, tokenizer: Any, item: Item, **options: Any) -> Reply:
+    """Generate the answer to an item, greedily, by a model that may be patched.
+
+    Parameters
+    ----------
+    model : nn.Module
+    tokenizer : transformers tokenizer
+    item : Item
+        Not plain text, which has no answer.
+    **options
+        More for ``generate``, such as ``past_key_values``.
+    """
+    ids = torch.from_numpy(item.prompt)[None].to(model.device)
+    pad = tokenizer.pad_token_id
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=item.max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        return_dict_in_generate=True,
+        **options,
+    )
+    said = tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+    score = tasks.score if item.task in tasks.KINDS else ruler.score
+    return Reply(said, score(item.task, said, item.sample.expected), out.past_key_values)
 
 
 class Generating:
@@ -117,21 +154,9 @@ class Generating:
             self._read(options["past_key_values"], ids[:, : item.n_first])
         elif self.chunk is not None:
             options["prefill_chunk_size"] = self.chunk
-        pad = self.tokenizer.pad_token_id
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=item.max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-            return_dict_in_generate=True,
-            **options,
-        )
-        said = self.tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
-        score = tasks.score if item.task in tasks.KINDS else ruler.score
-        n_tokens = out.past_key_values.get_seq_length()
-        share = self._share(method, mask, out.past_key_values, n_tokens)
-        return Answer(score(item.task, said, item.sample.expected), share=share, said=said)
+        reply = reply_to(self.model, self.tokenizer, item, **options)
+        share = self._share(method, mask, reply.cache, reply.cache.get_seq_length())
+        return Answer(reply.score, share=share, said=reply.said)
 
     def _predict(
         self, item: Item, method: Method, mask: ChannelMask | None, dense: list[torch.Tensor]

@@ -55,8 +55,8 @@ def draw_bytes(path: Path, summary: Sequence[Mapping[str, Any]], title: str = ""
         colour = _DENSE if i == 0 else _METHOD
         if i and mean["low_points"] is not None:
             # The interval is that of the loss: what it leaves of dense's score.
-            ends = 100 * dense - mean["high_points"], 100 * dense - mean["low_points"]
-            axes.vlines(share, *ends, color=colour, linewidth=1.4)
+            ends = 100 * dense - np.array([mean["high_points"], mean["low_points"]])
+            axes.vlines(share, *ends.clip(0, 100), color=colour, linewidth=1.4)
         axes.plot(share, score, "o", color=colour, markersize=7)
         # Methods that keep and score alike would write their names over each other.
         place = {"xytext": (7, (5, -10, 14, -19)[i % 4]), "textcoords": "offset points"}
@@ -67,3 +67,38 @@ def draw_bytes(path: Path, summary: Sequence[Mapping[str, Any]], title: str = ""
     axes.grid(True, color="#eeeeee", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path, title)
+
+
+def draw_results(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write a plot of scores against bytes, from records of `leank.pytest_plugin`.
+
+    A line joins results that differ in nothing but their first parameter; its values are written
+    beside the points.
+    """
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    # By what is on one line: its points, and at each of them the values of the first parameter.
+    series: dict[str, dict[tuple[float, float], list[str]]] = {}
+    for record in records:
+        [(first, value), *others] = list(record["parameters"].items()) or [("", "")]
+        name = record["name"].rpartition("::")[2].removeprefix("test_")
+        label = ", ".join(
+            [f"{name} by {first}" if first else name, *(f"{k} {v}" for k, v in others)]
+        )
+        point = 100 * record["values"]["bytes_share"], 100 * record["values"]["score"]
+        series.setdefault(label, {}).setdefault(point, []).append(str(value))
+    for i, (label, points) in enumerate(series.items()):
+        [line] = axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+        for point, values in points.items():
+            # Lines that are alike would write over each other.
+            place = {"xytext": (4, (4, -10, 13, -19)[i % 4]), "textcoords": "offset points"}
+            text = ", ".join(dict.fromkeys(values))
+            axes.annotate(text, point, fontsize=7, color=line.get_color(), **place)
+    axes.set_xlim(0, max(110, 1.1 * axes.dataLim.x1))
+    axes.set_ylim(min(-5, axes.dataLim.y0 - 5), max(105, axes.dataLim.y1 + 5))
+    axes.set_xlabel("bytes of the cache, % of dense")
+    axes.set_ylabel("score, %")
+    axes.grid(True, color="#eeeeee", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    save(figure, path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +92,83 @@ def draw_pictures(folder: Path, summary: Sequence[dict[str, Any]], title: str) -
     """
     for old in [*folder.glob("needle-*.png"), folder / "bytes.png"]:
         old.unlink(missing_ok=True)
-    try:
-        from leank.evaluation.picture import draw_bytes, draw_needle
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
+    picture = _picture()
+    if picture is None:
         return []
     drawn = []
     for method in summary:
         if method["needle"] is not None:
             safe = re.sub(r"[^\w.-]", "_", method["name"])
             drawn.append(folder / f"needle-{safe}.png")
-            draw_needle(drawn[-1], method["needle"], f"{title}: needles found, {method['name']}")
+            picture.draw_needle(
+                drawn[-1], method["needle"], f"{title}: needles found, {method['name']}"
+            )
     if summary[0]["mean"] is not None:
         drawn.append(folder / "bytes.png")
-        draw_bytes(drawn[-1], summary, f"{title}: mean score of {len(summary[0]['tasks'])} tasks")
+        picture.draw_bytes(
+            drawn[-1], summary, f"{title}: mean score of {len(summary[0]['tasks'])} tasks"
+        )
     return drawn
+
+
+def _picture() -> Any:
+    """Return the module that draws; None without matplotlib."""
+    try:
+        return import_module("leank.evaluation.picture")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        return None
+
+
+# -------------------------------------------------------------------- results of experiments
+
+
+def result_tables(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return a table for each test function, by its name: parameters, then values.
+
+    Parameters
+    ----------
+    records : sequence of dict
+        As `leank.pytest_plugin` writes them.
+    """
+    tables = {}
+    for name in dict.fromkeys(record["name"] for record in records):
+        mine = [record for record in records if record["name"] == name]
+        parameters, values = (
+            list(dict.fromkeys(key for record in mine for key in record[part]))
+            for part in ("parameters", "values")
+        )
+        table = _table("outcome", *parameters, *values)
+        for record in mine:
+            table.add_row(
+                record["outcome"],
+                *(_plain(record["parameters"].get(key)) for key in parameters),
+                *(_plain(record["values"].get(key)) for key in values),
+            )
+        # Wider than any terminal: lines may wrap, but numbers must not be cut.
+        console = Console(file=io.StringIO(), width=1000, color_system=None)
+        console.print(table)
+        tables[name] = console.file.getvalue().rstrip()
+    return tables
+
+
+def _plain(value: Any) -> Text:
+    if value is None:
+        return Text("-")
+    if isinstance(value, float):
+        return Text(f"{value:.4g}")
+    return Text(f"{value:,}" if type(value) is int else str(value))
+
+
+def draw_results(path: Path, records: Sequence[dict[str, Any]]) -> bool:
+    """Draw results whose score and share of bytes are numbers.
+
+    Returns whether there are any, and matplotlib is installed.
+    """
+    needed = ("score", "bytes_share")
+    found = [r for r in records if all(isinstance(r["values"].get(k), int | float) for k in needed)]
+    picture = _picture() if found else None
+    if picture is not None:
+        picture.draw_results(path, found)
+    return picture is not None
