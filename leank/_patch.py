@@ -20,7 +20,7 @@ import numpy as np
 import transformers
 from torch import nn
 
-from . import attention
+from . import _deferred, attention
 from ._generate import ADDED, HOOKS, REPLACED
 from .cache import HANDLE, LeanKCache, patch_of
 from .cache_args import fitted_to, resolve_window
@@ -106,6 +106,7 @@ class Patch:
 
     def _apply(self) -> None:
         attention.register()
+        _deferred.register()
         state = self.model.__dict__
         self._compiled = {name: state.pop(name) for name in _COMPILED if name in state}
         for name, function in REPLACED.items():

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from torch._dynamo.utils import counters  # noqa: E402
 
 import leank  # noqa: E402
-from leank import ChannelMask  # noqa: E402
+from leank import ChannelMask, _deferred  # noqa: E402
 
 from .cuda_emulated import no_reads  # noqa: E402
 from .cuda_model_tools import (  # noqa: E402
@@ -20,6 +20,7 @@ from .cuda_model_tools import (  # noqa: E402
     PLACES,
     WINDOW,
     D,
+    Forced,
     Models,
     compiled,
     draw,
@@ -34,7 +35,7 @@ from .cuda_model_tools import (  # noqa: E402
     steps,
 )
 from .families import FAMILIES  # noqa: E402
-from .tiny_models import N, generate, oracle, prompts, tiny  # noqa: E402
+from .tiny_models import VOCAB, N, generate, oracle, prompts, tiny  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what inductor imports warns about itself
 
@@ -150,6 +151,35 @@ def test_steps_do_not_wait_for_the_device(one, how, monkeypatch):
                 patches.setattr(model, "get_compiled_call", lambda x: guarded(compile_call(x)))
             run(one, [30, 12], **options)
     assert len(waits) == 2 * 11
+
+
+@pytest.mark.parametrize("how", [eager, compiled])
+def test_a_stop_that_is_told_late_is_undone(one, how, monkeypatch):
+    """generate() has queued one step too many when it learns on a GPU that all rows are done."""
+    undone, finish = [], _deferred._StopCheck.finish
+    monkeypatch.setattr(
+        _deferred._StopCheck, "finish", lambda self: undone.append(finish(self)) or undone[-1]
+    )
+    ids, mask = prompts([30, 12])
+    tokens = draw(2, 12).clamp(max=VOCAB - 2)
+    tokens[0, 3] = tokens[:, 5] = end = VOCAB - 1
+    with one.patch():
+        out = generate(
+            one.model,
+            ids.to(one.place),
+            mask.to(one.place),
+            logits_processor=[Forced(tokens, 30)],
+            eos_token_id=end,
+            **how(one),
+        )
+        assert undone == ([1] if one.place == "cuda" else [])
+        sequences, cache = out.sequences.cpu(), out.past_key_values
+        tokens[0, 4:] = 0  # padding after its end
+        assert torch.equal(sequences, torch.cat([ids, tokens[:, :6]], 1))
+        assert cache.n_columns == int(cache.get_seq_length()) == 35
+        real = torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], 1)
+        one.assert_rule(torch.stack(out.logits, 1), sequences[:, :35], real, 30)
+        steps(one, cache, sequences[:, :35], real, draw(2, 3), 30)
 
 
 def test_inductor(one):
