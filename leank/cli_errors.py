@@ -45,8 +45,10 @@ class _PlainHelp:
     def get_params(self, ctx: typer.Context) -> list[Any]:
         params = super().get_params(ctx)
         for param in params:
-            if param.metavar is None and param.param_type_name == "option":
-                param.metavar = _METAVARS.get(param.bare_type())
+            # Typer's own, and not in each version: without it, its names stay.
+            bare_type = getattr(param, "bare_type", None)
+            if param.metavar is None and bare_type and param.param_type_name == "option":
+                param.metavar = _METAVARS.get(bare_type())
         return params
 
 
