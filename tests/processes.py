@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run_two(*command, check=True):
     """Run a script, or ``"-m", module``, with arguments in two processes; both must succeed."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2".split()]
         + [*command],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters  # noqa: E402
 import leank  # noqa: E402
 from leank import ChannelMask, _deferred  # noqa: E402
 
+from . import cuda_parallel  # noqa: E402
 from .cuda_emulated import no_reads  # noqa: E402
 from .cuda_model_tools import (  # noqa: E402
     NAMES,
@@ -35,6 +36,7 @@ from .cuda_model_tools import (  # noqa: E402
     steps,
 )
 from .families import FAMILIES  # noqa: E402
+from .processes import run_two  # noqa: E402
 from .tiny_models import VOCAB, N, generate, oracle, prompts, tiny  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what inductor imports warns about itself
@@ -342,3 +344,22 @@ def test_layers_on_two_gpus(place):
         out = run(models, [80, 12])
         assert [x.store.device.index for x in out.past_key_values.packed] == [0, 1, 1]
         generate(models.model, *(x.to("cuda:0") for x in prompts([40, 12])), num_beams=2)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_heads_on_two_gpus(tmp_path):
+    """Tensor parallelism: each process prunes the heads that it has."""
+    models = Models(tiny(head_dim=D, dtype=torch.bfloat16), "cpu")
+    models.model.save_pretrained(tmp_path / "model")
+    models.mask.save(tmp_path / "mask.safetensors")
+    run_two("-m", "tests.cuda_parallel", tmp_path)
+    for rank in (0, 1):
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        for name, out in got.items():
+            assert out["heads"] == {1} and out["device"] == {f"cuda:{rank}"}
+            n_rows, n_columns = len(out["sequences"]), out["sequences"].shape[1]
+            real = prompts(cuda_parallel.LENGTHS)[1][:n_rows]
+            new = torch.ones(n_rows, n_columns - 1 - real.shape[1], dtype=torch.long)
+            real = torch.cat([real, new], 1)
+            models.assert_rule(out["logits"], out["sequences"][:, :-1], real, 80, name)
