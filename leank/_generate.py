@@ -15,6 +15,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache import LeanKCache, patch_of
+from .models import tensor_ranks
 
 # What generate() calls the cache among a model's arguments: the one since 5.24, or the other.
 _ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -114,8 +115,9 @@ def _prepare_cache(
         gpus = handle.gpus()
         if gpus:
             _refuse_on_gpu(generation_config)
-        if len(gpus) > 1:
-            generation_config.disable_compile = True  # graphs end where layers change their GPU
+        # Graphs end where layers change their GPU; with tensor parallelism they are untried.
+        if len(gpus) > 1 or (gpus and tensor_ranks(self)[1] > 1):
+            generation_config.disable_compile = True
         call.is_assistant = generation_config.is_assistant
         if given is None:
             if gpus or generation_config.cache_implementation == "static":

@@ -183,7 +183,7 @@ def inspect_learnable(model: nn.Module) -> Layout:
         "logits that it scales or caps": any(
             getattr(text_config(model), name, None) not in (None, 1.0) for name in _LOGITS
         ),
-        "weights cut by tensor parallelism": _ranks(model)[1] > 1,
+        "weights cut by tensor parallelism": tensor_ranks(model)[1] > 1,
     }
     got = [reason for reason, holds in reasons.items() if holds]
     if got:
@@ -225,7 +225,7 @@ def inspect_structure(model: nn.Module, beneath: str | None = None) -> Layout:
     _check_kind(model)
     outside = _outside(model)
     name, base = _implementation(model, beneath)
-    ranks = _ranks(model)
+    ranks = tensor_ranks(model)
     seen = _probe.run(model, name, set(range(_n_layers(model))) - set(outside))
     n_own_heads, head_dim, dtype = _sizes(seen)
     rank, n_ranks = _head_ranks(model, n_own_heads, *ranks)
@@ -329,7 +329,7 @@ def _outside(model: nn.Module) -> tuple[int, ...]:
     return outside
 
 
-def _ranks(model: nn.Module) -> tuple[int, int]:
+def tensor_ranks(model: nn.Module) -> tuple[int, int]:
     """Return this process's place among those of tensor parallelism, and their number."""
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None:

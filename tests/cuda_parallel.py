@@ -4,6 +4,7 @@
 writes what process r got to ``<r>.pt``.
 """
 
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from .cuda_model_tools import WINDOW, Forced, draw
 from .tiny_models import generate, prompts
 
 LENGTHS, N_NEW = [80, 12], 12
-WAYS = {"eager": {"disable_compile": True}, "graphs": {}, "lookup": {"prompt_lookup_num_tokens": 3}}
+WAYS = {"greedy": {}, "lookup": {"prompt_lookup_num_tokens": 3}}
 
 
 def main(folder):
+    faulthandler.dump_traceback_later(100, exit=True)
     model = AutoModelForCausalLM.from_pretrained(
         folder / "model", tp_plan="auto", dtype=torch.bfloat16
     ).eval()
