@@ -24,22 +24,34 @@ class _StopCheck(_Theirs):
         device: torch.device, cache: object, cache_is_returned: bool, is_assistant: bool
     ) -> bool:
         """Whether to tell one step late."""
-        if not isinstance(cache, LeanKCache) or device.type != "cuda":
+        first = cache.packed[0] if isinstance(cache, LeanKCache) else None
+        if first is None or not first.counts_on_device or device.type != first.device_type:
             return _Theirs.is_supported(device, cache, cache_is_returned, is_assistant)
-        # To undo a column must lose nothing.
-        can_undo = not cache_is_returned or cache.packed[0].window["slack"] > 0
-        return cache.packed[0].counts_on_device and can_undo and not is_assistant
+        # To undo a column must lose nothing, which sliding windows of fixed length cannot do.
+        can_undo = not cache_is_returned or (cache.is_croppable and first.window["slack"] > 0)
+        return can_undo and not is_assistant
 
     def __init__(self, input_ids, max_length, cache, cache_is_returned, streamer=None) -> None:
         is_ours = isinstance(cache, LeanKCache)
         self._to_crop = cache if is_ours and cache_is_returned else None
+        # Steps that fit: one too many would end in an error where there was none.
+        self._room = cache.max_cache_len - cache.n_columns if is_ours else None
         # Theirs would have layers record what a crop needs, which slack holds anyway.
         super().__init__(input_ids, max_length, cache, cache_is_returned and not is_ours, streamer)
+
+    def __call__(self, unfinished_sequences, tokens, length: int) -> bool:
+        """Whether to stop; for a next step that would not fit it waits."""
+        stops = super().__call__(unfinished_sequences, tokens, length)
+        if self._room is None:
+            return stops
+        self._room -= 1
+        return stops or (self._room < 0 and bool(unfinished_sequences.max() == 0))
 
     def finish(self) -> int:
         """Take back what was computed too much; returns how many steps."""
         n_steps = super().finish()
         if n_steps and self._to_crop is not None:
+            self._to_crop.check()  # a crop forgets what went wrong
             self._to_crop.crop(-n_steps)
         return n_steps
 

@@ -240,6 +240,18 @@ def _copy_pages(
                 ctypes.memmove(int(table[kind, to, i]), int(from_table[kind, source, i]), n)
 
 
+class _Event:
+    """What it would wait for is done."""
+
+    def __init__(self, device, blocking):
+        assert device.type == "cpu", device
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+
 _OPERATORS = {
     "append": _append,
     "crop": _crop,
@@ -269,6 +281,7 @@ def emulated(monkeypatch):
             patches.setattr(cuda, "launch_span", _quietly(_launch_span))
             patches.setattr(cuda, "workspace", lambda index: torch.zeros(8, dtype=torch.uint8))
             patches.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+            patches.setattr(torch, "Event", _Event)
             patches.setattr(layer, "device_type", "cpu")
             for module in (models, _patch):
                 patches.setattr(module, "gpus_of", lambda model: [0])

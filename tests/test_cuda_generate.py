@@ -155,13 +155,19 @@ def test_steps_do_not_wait_for_the_device(one, how, monkeypatch):
     assert len(waits) == 2 * 11
 
 
-@pytest.mark.parametrize("how", [eager, compiled])
-def test_a_stop_that_is_told_late_is_undone(one, how, monkeypatch):
-    """generate() has queued one step too many when it learns on a GPU that all rows are done."""
-    undone, finish = [], _deferred._StopCheck.finish
+@pytest.fixture
+def undone(monkeypatch):
+    """How many steps each generate() took back, of those that are told late to stop."""
+    numbers, finish = [], _deferred._StopCheck.finish
     monkeypatch.setattr(
-        _deferred._StopCheck, "finish", lambda self: undone.append(finish(self)) or undone[-1]
+        _deferred._StopCheck, "finish", lambda self: numbers.append(finish(self)) or numbers[-1]
     )
+    return numbers
+
+
+@pytest.mark.parametrize("how", [eager, compiled])
+def test_a_stop_that_is_told_late_is_undone(one, how, undone):
+    """generate() has queued one step too many when it learns on a GPU that all rows are done."""
     ids, mask = prompts([30, 12])
     tokens = draw(2, 12).clamp(max=VOCAB - 2)
     tokens[0, 3] = tokens[:, 5] = end = VOCAB - 1
@@ -174,7 +180,7 @@ def test_a_stop_that_is_told_late_is_undone(one, how, monkeypatch):
             eos_token_id=end,
             **how(one),
         )
-        assert undone == ([1] if one.place == "cuda" else [])
+        assert undone == [1]
         sequences, cache = out.sequences.cpu(), out.past_key_values
         tokens[0, 4:] = 0  # padding after its end
         assert torch.equal(sequences, torch.cat([ids, tokens[:, :6]], 1))
@@ -182,6 +188,59 @@ def test_a_stop_that_is_told_late_is_undone(one, how, monkeypatch):
         real = torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], 1)
         one.assert_rule(torch.stack(out.logits, 1), sequences[:, :35], real, 30)
         steps(one, cache, sequences[:, :35], real, draw(2, 3), 30)
+
+
+def stopped(models, ids, mask=None, **options):
+    """Let all rows end with their third token; returns the output."""
+    tokens = draw(len(ids), 12).clamp(max=VOCAB - 2)
+    tokens[:, 2] = end = VOCAB - 1
+    options = {"return_dict_in_generate": True, "max_new_tokens": 12} | options
+    return models.model.generate(
+        ids.to(models.place),
+        attention_mask=None if mask is None else mask.to(models.place),
+        logits_processor=[Forced(tokens, ids.shape[1])],
+        eos_token_id=end,
+        pad_token_id=0,
+        do_sample=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("how", [eager, compiled])
+@pytest.mark.parametrize("n_free, expected", [(2, 0), (3, 1)])
+def test_no_step_too_many_in_a_full_cache(one, how, n_free, expected, undone):
+    with one.patch():
+        cache = leank.make_cache(one.model, max_cache_len=30 + n_free)
+        out = stopped(one, prompts([30])[0], past_key_values=cache, **how(one))
+    assert undone == [expected]
+    assert out.sequences.shape[1] == 33 and cache.n_columns == 32
+
+
+@pytest.mark.parametrize("how", [eager, compiled])
+def test_what_went_wrong_is_told_although_a_step_is_undone(one, how):
+    """The second turn brings one token, and a mask that shows the padding of the first."""
+    with one.patch():
+        cache = leank.make_cache(one.model, max_cache_len=60)
+        ids, mask = prompts([30, 12])
+        forward(one, ids, cache, mask)
+        turn = torch.cat([ids, draw(2, 1)], 1), torch.ones(2, 31, dtype=torch.long)
+        with pytest.raises(ValueError, match="attention_mask: expected the padding that the"):
+            stopped(one, *turn, past_key_values=cache, **how(one))
+
+
+def test_sliding_windows_of_a_returned_cache_undo_nothing(place, undone):
+    model = FAMILIES["gpt_oss"].make(torch.bfloat16, head_dim=D)
+    layout = leank.models.inspect_structure(model)
+    models = Models(model, place, pruned(layout.n_layers, layout.n_kv_heads))
+    keep = models.mask.keep.copy()
+    keep[list(layout.outside)] = True
+    models.mask = ChannelMask(keep, sink=WINDOW["sink"], recent=WINDOW["recent"])
+    with models.patch():
+        out = stopped(models, *prompts([40, 12]), disable_compile=True)
+        assert out.past_key_values.n_columns == 42 and undone == []
+        options = {"return_dict_in_generate": False, "disable_compile": True}
+        tokens = stopped(models, *prompts([40, 12]), **options)
+        assert torch.equal(tokens, out.sequences) and undone == [1]
 
 
 def test_inductor(one):
