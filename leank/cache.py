@@ -283,7 +283,8 @@ class LeanKCache(Cache):
         if mask is None or mask.ndim != 2 or mask.shape[1] > store.max_tokens:
             return None
         shape, n_columns = (len(mask), store.max_tokens), mask.shape[1]
-        if self._step_mask is None or self._step_mask.shape != shape:
+        there = self._step_mask
+        if there is None or there.shape != shape or there.device != store.device:
             with torch.inference_mode(False):  # else it could only be changed in that mode
                 self._step_mask = torch.zeros(shape, dtype=torch.bool, device=store.device)
         elif n_columns < self._step_mask_columns:
@@ -529,6 +530,7 @@ class LeanKCache(Cache):
         memo[id(self)] = new
         for name, value in self.__dict__.items():
             new.__dict__[name] = copy.deepcopy(value, memo)
+        new._step_mask = None  # made at the next step, so that it can be changed in any mode
         if self.state is not None:
             new.state = _compiled.new_state(new)
             new.note_columns()

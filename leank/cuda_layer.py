@@ -21,9 +21,11 @@ from .static_layer import LeanKStaticLayer
 class _Prompt:
     """The first columns of a prompt of which more is to come: dense K and V, and what is a token.
 
-    Room for all of it is taken at once, so that columns are written in place.
+    Room for all of it is taken at once, so that columns are written in place, in inference mode and
+    outside of it.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, k: torch.Tensor, v: torch.Tensor, n_all: int) -> None:
         shape = (*k.shape[:2], n_all, k.shape[3])
         self.k, self.v = (x.new_empty(shape) for x in (k, v))
@@ -40,11 +42,13 @@ class _Prompt:
         self.valid[:, new] = True if valid is None else valid
         return self.k[:, :, :n], self.v[:, :, :n]
 
+    @torch.inference_mode(False)
     def select(self, rows: torch.Tensor) -> None:
         """Make row i the former row rows[i]."""
         rows = rows.to(self.k.device)
         self.k, self.v, self.valid = (x[rows] for x in (self.k, self.v, self.valid))
 
+    @torch.inference_mode(False)
     def copy(self) -> _Prompt:
         """Return a copy with tensors of its own."""
         new = _Prompt.__new__(_Prompt)

@@ -349,6 +349,27 @@ def test_rows_crops_and_copies(one):
         assert twin.get_seq_length() == 30
 
 
+def test_what_inference_mode_made_serves_outside_of_it(one):
+    """An unfinished prompt, copies of it, and copies of a cache that has the mask of a step."""
+    ids, mask = prompts([60, 12])
+    with one.patch():
+        cache = leank.make_cache(one.model, max_cache_len=80)
+        cache.expect_prompt(60)
+        with torch.inference_mode():
+            forward(one, ids[:, :20], cache, mask[:, :20])
+            twin = copy.deepcopy(cache)
+            twin.batch_select_indices(torch.tensor([1, 0]))
+        one.assert_rule(forward(one, ids[:, 20:], cache, mask), ids, mask, 60)
+        forward(one, ids[[1, 0], 20:], twin, mask[[1, 0]])
+        more = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+        first = cache.step_mask(1, more)
+        with torch.inference_mode():
+            twin = copy.deepcopy(cache)
+        again = twin.step_mask(1, mask)
+        assert first.sum() == again.sum() + 2
+        steps(one, twin, ids, mask, draw(2, 2), 60)
+
+
 def test_compiled_calls(one):
     """One graph, and the host learns from the device what it did."""
     call = torch.compile(
