@@ -159,7 +159,7 @@ def _run(name: str, request: Request, device: str, dtype: str) -> None:
     evaluation = None
     try:
         with quiet():
-            # generate() of a patched model is on the CPU so far.
+            # Answers of generate() are compared in float32, unless a GPU is asked for.
             place = find_device("cpu" if device == "auto" and not request.fast else device)
             source = Source(name)
             evaluation = Evaluation(request, source.tokenizer(), source.name)

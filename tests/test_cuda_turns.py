@@ -1,13 +1,18 @@
 """Patched models on a GPU with several tokens per row and call: turns, chunks, drafts, crops."""
 
 import copy
+import dataclasses
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import leank  # noqa: E402
+from leank.evaluation.ask import Generating  # noqa: E402
+from leank.evaluation.items import CONTINUATION  # noqa: E402
+from leank.evaluation.methods import DENSE, Method  # noqa: E402
 
 from .cuda_model_tools import (  # noqa: E402
     PLACES,
@@ -23,8 +28,10 @@ from .cuda_model_tools import (  # noqa: E402
     small,
     steps,
 )
+from .eval_tools import LONG, make_corpus, make_suite  # noqa: E402
 from .families import FAMILIES  # noqa: E402
-from .tiny_models import generate, prompts  # noqa: E402
+from .test_eval import Numbers  # noqa: E402
+from .tiny_models import generate, prompts, tiny  # noqa: E402
 
 SLACK = WINDOW["slack"]
 
@@ -203,6 +210,23 @@ def test_second_turn_of_generate(one):
         real = torch.cat([real, torch.ones(2, 11).long()], 1)
         got, sequences = torch.stack(out.logits, 1), out.sequences.cpu()[:, :-1]
         one.assert_rule(got, sequences, real, 40)
+
+
+@pytest.mark.parametrize("prefill, chunk", [("dense", 64), ("pruned", 40)])
+def test_what_leank_eval_asks(place, prefill, chunk):
+    """A mask that keeps everything says what the dense model says, after a second turn too."""
+    models = Models(tiny(head_dim=D, dtype=torch.bfloat16, **LONG), place)
+    whole = dataclasses.replace(models.mask, keep=np.ones_like(models.mask.keep))
+    methods = [Method(DENSE), Method("whole", whole), Method("cut", models.mask)]
+    ask = Generating(models.model, Numbers(), methods, prefill, chunk)
+    for second_turn in (0, 30):
+        settings = {"tasks": ("single", CONTINUATION), "lengths": (190,)}
+        for item in make_suite(make_corpus(), **settings, second_turn=second_turn):
+            dense, whole, cut = ask(dataclasses.replace(item, max_new_tokens=3))
+            if item.task == CONTINUATION:
+                assert whole.nll == pytest.approx(dense.nll, abs=0.02) and cut.kl > whole.kl
+            else:
+                assert len(cut.said.split()) == 3
 
 
 # ------------------------------------------------------------------------------------------- drafts

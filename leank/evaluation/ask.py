@@ -14,6 +14,7 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import Cache
 
 import leank
+from leank.cache import patch_of
 from leank.evaluation import ruler
 from leank.evaluation.items import Item
 from leank.evaluation.methods import Method, cache_bytes
@@ -130,12 +131,14 @@ class Generating:
                 stack.enter_context(leank.patch(self.model, mask, prefill=self.prefill))
             yield
 
-    def _cache(self, method: Method, mask: ChannelMask | None) -> Cache:
+    def _cache(self, method: Method, mask: ChannelMask | None, n_columns: int) -> Cache:
+        """Return an empty cache, in which so many columns fit."""
         if method.backend is not None:
             return QuantizedCache(method.backend, self.model.config)
-        return (
-            DynamicCache(config=self.model.config) if mask is None else leank.make_cache(self.model)
-        )
+        if mask is None:
+            return DynamicCache(config=self.model.config)
+        grows = not patch_of(self.model).gpus()
+        return leank.make_cache(self.model, max_cache_len=None if grows else n_columns)
 
     def _read(self, cache: Cache, ids: torch.Tensor) -> None:
         """Read the first call's tokens; in chunks if only the first of them is to be dense."""
@@ -147,9 +150,11 @@ class Generating:
         self, item: Item, method: Method, mask: ChannelMask | None, dense: list[torch.Tensor]
     ) -> Answer:
         ids = torch.from_numpy(item.prompt)[None].to(self.model.device)
-        options: dict[str, Any] = {}
+        # Each method is patched anew for each item: what is compiled would serve one answer.
+        options: dict[str, Any] = {"disable_compile": True}
         if item.n_first < ids.shape[1] or method.backend is not None:
-            options["past_key_values"] = self._cache(method, mask)
+            n_columns = ids.shape[1] + item.max_new_tokens
+            options["past_key_values"] = self._cache(method, mask, n_columns)
         if item.n_first < ids.shape[1]:
             self._read(options["past_key_values"], ids[:, : item.n_first])
         elif self.chunk is not None:
@@ -163,7 +168,7 @@ class Generating:
     ) -> Answer:
         """Read the text after the first call, and compare what is predicted."""
         sample = item.sample
-        cache = self._cache(method, mask)
+        cache = self._cache(method, mask, len(sample.context) + len(sample.span))
         device = self.model.device
         self._read(cache, torch.from_numpy(sample.context)[None].to(device))
         # As in `measure`, the first token is left out where the context predicts it.
