@@ -263,6 +263,8 @@ def test_what_does_not_fit_is_found_before_the_work(request_of, tmp_path):
         evaluate(request_of("x", masks=(str(tmp_path / "two"),) * 2))
     with pytest.raises(EvalError, match="mask: nowhere: no such file"):
         evaluate(request_of("x", masks=("nowhere",)))
+    with pytest.raises(EvalError, match="mask: no.safetensors: No such file"):
+        evaluate(request_of("x", masks=("no.safetensors",)))
     with pytest.raises(EvalError, match="lengths: expected at most 1,024 tokens, .* got 2,000"):
         evaluation = Evaluation(
             request_of("x", suite={"lengths": (2000,)}), character_tokenizer(), "tiny"

@@ -244,6 +244,8 @@ def read_masks(names: Sequence[str]) -> dict[str, ChannelMask]:
             mask = load_mask(given)
         except (ValueError, ModuleNotFoundError) as error:  # MaskFileError is a ValueError
             raise EvalError(f"mask: {error}") from error
+        except OSError as error:
+            raise EvalError(f"mask: {given}: {error.strerror or error}") from error
         if mask.sink is None or mask.recent is None:
             raise EvalError(f"mask: expected a file that knows its window, got {given}")
         name = Path(given).name.removesuffix(".safetensors")
