@@ -4,7 +4,7 @@
  *   test_capi vectors FILE [VARIANT...]   the cases that tests/capi/neon.py wrote, on each variant
  *
  * Built by tests/capi/build.py. The error bounds here are coarse; tests/compare.py has the budget. */
-#include "capi/learn.h"
+#include "capi/faults.h"
 
 static const double tolerance[] = {[LK_F32] = 4e-5, [LK_BF16] = 6e-2, [LK_F16] = 8e-3};
 static int64_t n_compared;
@@ -227,7 +227,7 @@ static void run_random_calls(const lk_config *config, int64_t n_q_heads, int n_c
     free(naive_of_copy);
 }
 
-/* -------------------------------------------------------------------- memory, limits and allocations */
+/* -------------------------------------------------------------------- memory and limits */
 
 static bool same_memory(lk_memory a, lk_memory b) {
     return a.n_pages == b.n_pages && a.n_twins == b.n_twins && a.k_bytes == b.k_bytes &&
@@ -259,51 +259,6 @@ static void test_memory(const lk_config *config) {
     CHECK(same_memory(predicted, lk_cache_memory(cache)));
     free_span(&span);
     lk_cache_free(cache);
-}
-
-static void test_failing_allocations(const lk_config *config) {
-    lk_cache *cache = NULL, *copy = NULL;
-    lk_status status = LK_E_NOMEM;
-    for (int n = 1; status != LK_OK; n++) {
-        lk_test_fail_allocation(n);
-        status = lk_cache_create(config, 2, &cache);
-        CHECK(status == LK_OK || status == LK_E_NOMEM);
-    }
-    const int64_t sizes[] = {150, 1, 3, 70};
-    for (int i = 0; i < 4; i++) {
-        lk_span span = random_span(config, 2, sizes[i], NULL);
-        const lk_memory before = lk_cache_memory(cache);
-        const int64_t columns = lk_cache_n_columns(cache), lo = lk_cache_lo(cache, 1);
-        status = LK_E_NOMEM;
-        for (int n = 1; status != LK_OK; n++) {
-            lk_test_fail_allocation(n);
-            status = i % 2 ? lk_cache_append(cache, &span) : lk_cache_put(cache, &span);
-            CHECK(status == LK_OK || status == LK_E_NOMEM);
-            if (status == LK_OK) continue;
-            CHECK(same_memory(before, lk_cache_memory(cache)));
-            CHECK(lk_cache_n_columns(cache) == columns && lk_cache_lo(cache, 1) == lo);
-            CHECK(lk_cache_length(cache, 0) == columns && lk_cache_length(cache, 1) == columns);
-        }
-        lk_test_fail_allocation(0);
-        if (i % 2 == 0) lk_cache_settle(cache);
-        free_span(&span);
-    }
-    status = LK_E_NOMEM;
-    for (int n = 1; status != LK_OK; n++) {
-        lk_test_fail_allocation(n);
-        status = lk_cache_copy(cache, &copy);
-        CHECK(status == LK_OK || status == LK_E_NOMEM);
-    }
-    const int64_t rows[] = {1, 1, 0};
-    status = LK_E_NOMEM;
-    for (int n = 1; status != LK_OK; n++) {
-        lk_test_fail_allocation(n);
-        status = lk_cache_select(copy, rows, 3);
-        CHECK(status == LK_OK || (status == LK_E_NOMEM && lk_cache_n_rows(copy) == 2));
-    }
-    lk_test_fail_allocation(0);
-    lk_cache_free(cache);
-    lk_cache_free(copy);
 }
 
 static void test_errors(const lk_config *config) {
@@ -505,7 +460,7 @@ int main(int argc, char **argv) {
                 keep[g * config.head_dim + (c * 3 + g) % config.head_dim] = 1;
         run_random_calls(&config, 4 * (1 + random_below(4)), 60);
         test_memory(&config);
-        test_failing_allocations(&config);
+        if (i < 3) test_faults(&config); /* each dtype */
         test_errors(&config);
         test_unsettled(&config);
         n_compared += test_learn(config.dtype, tolerance[config.dtype]);
