@@ -295,6 +295,10 @@ def test_what_write_makes_is_right(tmp_path):
         ({"sink": "-1"}, "metadata sink: expected a whole number, got '-1'"),
         ({"sink": ""}, "metadata sink: expected a whole number, got ''"),
         ({"sink": "²"}, "metadata sink: expected a whole number"),
+        ({"sink": str(2**60)}, r"sink: expected less than 2\*\*60, got 1152921504606846976"),
+        ({"recent": "9" * 30}, r"recent: expected less than 2\*\*60, got 999"),
+        ({"recent": "9" * 5000}, "integer string conversion"),
+        ({"outside": "9" * 30}, r"outside: expected numbers of some of the 2 layers"),
         ({"recent": "0"}, "recent: expected at least 1, got 0"),
         ({"recent": "512.0"}, "metadata recent: expected a whole number, got '512.0'"),
     ],
@@ -337,6 +341,12 @@ def test_wrong_shape_that_the_metadata_agrees_with(tmp_path, shape, message):
     text = ",".join(map(str, shape))
     tensors = {"mask": np.ones(shape, np.bool_)}
     fails(write(tmp_path / "m", tensors, shape=text, ratio="0.000000"), message)
+
+
+def test_a_tensor_without_axes(tmp_path):
+    """Found by fuzzing: layers outside were looked for before the shape."""
+    one = {"mask": np.array(True)}
+    fails(write(tmp_path / "m", one, shape="", outside="0"), r"keep: expected .* got \(\)")
 
 
 def test_a_byte_that_is_no_bool(tmp_path):
