@@ -1,6 +1,7 @@
 """The border between Python and C: what decode refuses and how it says so, threads, leaks."""
 
 import gc
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -223,3 +224,29 @@ def test_the_gil_is_released(rng):
         running.result()
     assert all(refused.values()), refused
     assert cache.memory()["n_pages"] == 47
+
+
+# ------------------------------------------------------------------------------- absurd sizes
+
+
+def absurd(*shape):
+    """A view of the shape whose rows are all the same 16 numbers."""
+    strides = (*[0] * (len(shape) - 1), 4)
+    return np.lib.stride_tricks.as_strided(np.ones(shape[-1], np.float32), shape, strides)
+
+
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="ASan ends the process")
+def test_views_larger_than_any_memory(cache):
+    """A view costs nothing, so that B * H * T * D may be anything up to NumPy's own limit."""
+    before, one = snapshot(cache), good(1)
+    for T in (2**40, 2**50):
+        k, v = absurd(B, HKV, T, D), absurd(B, HKV, T, DV)
+        calls = {
+            "append": lambda k=k, v=v: cache.append(k, v),
+            "columns": lambda T=T, k=k, v=v: decode(cache, absurd(B, HQ, T, D), k, v),
+            "heads": lambda T=T: decode(cache, absurd(B, HKV * T, 1, D), one["k"], one["v"]),
+        }
+        for name, call in calls.items():
+            with pytest.raises((MemoryError, ValueError)):
+                call()
+            assert snapshot(cache) == before, name
