@@ -11,9 +11,10 @@ MATRIX_ARGS ?=
 
 C_FILES := $(wildcard csrc/*.c csrc/*.h)
 CUDA_FILES := $(wildcard kernels/*.c kernels/*.h kernels/*.cu kernels/*.cuh kernels/inst/*.cu)
-C_ALL := $(C_FILES) $(CUDA_FILES) $(wildcard tests/*.c tests/capi/*.h)
+C_ALL := $(C_FILES) $(CUDA_FILES) $(wildcard tests/*.c tests/capi/*.h tests/fuzz/*.c tests/fuzz/*.h)
 
-.PHONY: demo test build model lint format capi valgrind sanitize neon dist-smoke docs bench long clean
+.PHONY: demo test build model lint format capi valgrind sanitize neon dist-smoke docs bench long clean \
+    fuzz fuzz-replay tsan analyse
 
 demo: build model
 	$(BIN)/leank demo
@@ -94,6 +95,39 @@ sanitize: build
 	    LD_PRELOAD="$(foreach lib,asan.so ubsan.so stdc++.so,$(shell $(CC) -print-file-name=lib$(lib)))" \
 	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider \
 	    -m 'not model and not long' $(SANITIZE_SKIP) $(PYTEST_ARGS) $(SANITIZE_TESTS)
+
+# Every input of the committed corpus, where there is no fuzzer; tests/test_fuzz.py has that of the Python targets.
+# All variants have one body: two, with scalar, are enough.
+fuzz-replay: build
+	$(BIN)/python -m tests.capi.build --cc $(CC) --isas avx2,neon --sanitize $(SANITIZE) --fuzz \
+	    --out build/fuzz-replay
+	set -e; for name in cache decode plan; do \
+	    OMP_WAIT_POLICY=passive build/fuzz-replay/fuzz_$$name tests/fuzz/corpus/$$name; done
+
+# Each fuzzer for FUZZ_TIME seconds: those in C need clang with libFuzzer, those in Python atheris.
+CLANG ?= clang
+FUZZ_TIME ?= 60
+FUZZ_ARGS ?=
+fuzz: build
+	$(BIN)/python -m tests.capi.build --cc $(CLANG) --isas avx2,neon --sanitize fuzzer,$(SANITIZE) \
+	    --fuzz --out build/fuzz
+	$(BIN)/python -m tests.fuzz.run --programs build/fuzz --seconds $(FUZZ_TIME) $(FUZZ_ARGS)
+
+# GNU's OpenMP would give false races; clang's tells ThreadSanitizer what waits for what, through Archer.
+tsan: build
+	$(BIN)/python -m tests.capi.build --cc $(CLANG) --isas avx2,neon --sanitize thread --out build/capi-tsan
+	OMP_NUM_THREADS=2 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+	    OMP_TOOL_LIBRARIES=$$($(CLANG) -print-file-name=libarcher.so) build/capi-tsan/test_capi 3
+
+# The library but for the files that only say for which instructions a body is compiled. clang-tidy: .clang-tidy.
+# gcc's analyzer does not follow pointers to kernels, and so takes what they write for uninitialised.
+ANALYSED := $(filter-out csrc/py_% %_avx2.c %_avx512.c %_avx512bf16.c %_neon.c,$(wildcard csrc/*.c))
+analyse:
+	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr \
+	    --error-exitcode=1 -Icsrc $(ANALYSED)
+	clang-tidy --quiet $(ANALYSED) -- -std=c11 -Icsrc
+	set -e; for file in $(ANALYSED); do gcc -std=c11 -O1 -fopenmp -fanalyzer -Werror \
+	    -Wno-analyzer-use-of-uninitialized-value -Icsrc -c $$file -o /dev/null; done
 
 # Vectors from tests/reference.py, checked by a static AArch64 program under emulation.
 neon: build

@@ -261,7 +261,9 @@ static lk_status add(lk_cache *cache, const lk_span *span, bool settle) {
     int64_t one_column;
     lk_page *no_page = NULL;
     const bool one = n_cells == 1;
+    /* cppcheck-suppress [uninitvar]: their addresses are taken */
     row_plan *plan = one ? &one_plan : lk_alloc((size_t)cache->n_rows, sizeof *plan);
+    /* cppcheck-suppress [uninitvar] */
     int64_t *column = one ? &one_column : lk_alloc(n_cells, sizeof *column);
     demand need = {0};
     lk_page **fresh = NULL;

@@ -195,7 +195,8 @@ lk_status lk_predict_memory(const lk_config *config, const int64_t *lengths, int
  *   softcap  0: none; > 0: logits become softcap * tanh(logit / softcap), window and middle alike (Gemma 2)
  *   sinks    [Hq] f32: natural logits of one more key per head without a value, neither scaled nor capped (GPT-OSS); or
  *            NULL. -inf is no sink; beside +inf nothing else counts, o is 0
- * o of a padding column is 0. f32 accumulation. Two runs agree bit for bit, whatever n_threads is.
+ * o of a padding column is 0. f32 accumulation, in which sums of V that are not yet divided by their weights must fit; the
+ * variant avx512bf16 takes bf16 values below 2^-126 for 0, as its instruction does. Two runs agree bit for bit, whatever n_threads is.
  * n_threads <= 0: what OpenMP would use. Bytes read per row, window and short splits apart:
  * elem * L * sum over g with Dk[g] > 0 of (Dk[g] + Dv).
  * Truth: tests/reference.py attend(). Source: LeanK section 3; online softmax, Milakov 2018. */

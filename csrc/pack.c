@@ -35,6 +35,7 @@ LK_INLINE void store_k_token(unsigned char *block, const lk_run *run, const uint
         unsigned char column[8];
         for (int64_t i = 0; i < group; i++)
             copy_elem(column + (size_t)i * elem, k + (size_t)order[c + i] * elem, elem);
+        /* cppcheck-suppress [uninitvar]: the group is at least 1 */
         memcpy(dst, column, (size_t)group * elem);
     }
 }

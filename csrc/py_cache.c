@@ -201,7 +201,7 @@ static PyObject *layer_cache_reset(PyObject *object, PyObject *unused) {
 
 /* The caller's numbers as they are now: other threads and processes may write to the array while we use it. */
 static int64_t *copy_numbers(const int64_t *numbers, npy_intp n) {
-    int64_t *copy = PyMem_New(int64_t, n > 0 ? n : 1);
+    int64_t *copy = PyMem_New(int64_t, n > 0 ? (size_t)n : 1);
     if (!copy) PyErr_NoMemory();
     else if (n > 0) memcpy(copy, numbers, (size_t)n * sizeof *copy);
     return copy;

@@ -67,9 +67,11 @@ def inspect(
         with needing("learn", "matplotlib", option="pictures"):
             import leank.pictures  # noqa: F401
     window = {"sink": sink, "recent": recent}
-    read = dataclasses.replace(
-        _mask(mask), **{name: n for name, n in window.items() if n is not None}
-    )
+    read = _mask(mask)
+    try:
+        read = dataclasses.replace(read, **{key: n for key, n in window.items() if n is not None})
+    except ValueError as error:  # the window
+        raise CommandError(error) from error
     found, n_queries = _inspection(read, model, text, tokens)
     if as_json:
         line = {"name": mask, **found.as_json(dtype=dtype), "n_queries": n_queries}

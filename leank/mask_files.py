@@ -91,11 +91,12 @@ def _arguments(
         raise ValueError(f"metadata: expected the keys {', '.join(_KEYS)}, got no {missing[0]}")
     if meta["shape"] != _shape_text(shape):
         raise ValueError(f"metadata shape: expected {_shape_text(shape)}, got {meta['shape']}")
-    # An empty tensor has no ratio; ChannelMask says what is wrong with it.
     outside = _layers(meta.get("outside", ""))
-    inside = np.delete(keep, [i for i in outside if i < len(keep)], axis=0)
-    if inside.size and meta["ratio"] != _ratio_text(inside):
-        raise ValueError(f"metadata ratio: expected {_ratio_text(inside)}, got {meta['ratio']}")
+    # Of other shapes, and of an empty tensor, ChannelMask says what is wrong with them.
+    if keep.ndim == 3:
+        inside = np.delete(keep, [i for i in outside if i < len(keep)], axis=0)
+        if inside.size and meta["ratio"] != _ratio_text(inside):
+            raise ValueError(f"metadata ratio: expected {_ratio_text(inside)}, got {meta['ratio']}")
     return {
         "align": _integer(meta, "align"),
         "sink": None if meta["sink"] == _UNKNOWN else _integer(meta, "sink"),
@@ -167,12 +168,21 @@ def read_pth(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
         raise ValueError(f"expected a file written by torch.save, got: {first}") from error
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"expected one tensor, got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        kind = "nested" if tensor.is_nested else f"{tensor.layout}, on {tensor.device}"
+        raise ValueError(f"expected a dense tensor with its values, got one that is {kind}")
     if tensor.ndim != 3 or not tensor.is_floating_point():
         raise ValueError(
             f"expected a float tensor (n_layers, n_heads, head_dim), "
             f"got {tensor.dtype} {tuple(tensor.shape)}"
         )
-    values = tensor.to(torch.float32).numpy()
+    # An expanded tensor is small in the file and may be of any size in memory.
+    n_stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if tensor.numel() > n_stored:
+        raise ValueError(
+            f"expected a value for each of {tuple(tensor.shape)}, got {n_stored} values"
+        )
+    values = tensor.detach().resolve_neg().to(torch.float32).numpy()
     wrong = (values != 0) & (values != 1)  # True for NaN as well
     if wrong.any():
         where = tuple(int(i) for i in np.argwhere(wrong)[0])

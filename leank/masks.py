@@ -17,6 +17,7 @@ from leank.mask_files import MaskFileError
 __all__ = ["ChannelMask", "MaskFileError"]
 
 _FIELDS = ("sink", "recent", "align", "model", "method", "outside")  # all but the array, in order
+_WINDOW_LIMIT = 2**60  # the C library's: sums of positions and windows stay far from overflow
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -83,7 +84,7 @@ sink 4, recent 256, align 8>
             raise ValueError(f"align: expected a multiple of {step}, got {self.align}")
         for name, least in (("sink", 0), ("recent", 1)):  # a query always sees its own token whole
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), least)
+                _check_int(name, getattr(self, name), least, below=_WINDOW_LIMIT)
         _check_widths(keep, self.align)
         object.__setattr__(self, "outside", _checked_outside(self.outside, keep))
         keep = np.array(keep, order="C")
@@ -343,10 +344,12 @@ def kept_shares(keep: npt.NDArray[np.bool_]) -> dict[str, float]:
     return {"kept_k": k, "kept_v": v, "kv_bytes": (k + v) / 2, "empty_heads": empty}
 
 
-def _check_int(name: str, value: object, least: int) -> None:
+def _check_int(name: str, value: object, least: int, below: int | None = None) -> None:
     # bool is an int to Python, and 64.0 is none: both are a slip of the caller
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if below is not None and value >= below:
+        raise ValueError(f"{name}: expected less than 2**{below.bit_length() - 1}, got {value}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 

@@ -4,144 +4,9 @@
  *   test_capi vectors FILE [VARIANT...]   the cases that tests/capi/neon.py wrote, on each variant
  *
  * Built by tests/capi/build.py. The error bounds here are coarse; tests/compare.py has the budget. */
-#include "capi/learn.h"
-
-static const double tolerance[] = {[LK_F32] = 4e-5, [LK_BF16] = 6e-2, [LK_F16] = 8e-3};
-static int64_t n_compared;
-
-static lk_span random_span(const lk_config *config, int64_t n_rows, int64_t n_columns,
-                           const uint8_t *valid) {
-    const int64_t T = n_columns, Hkv = config->n_heads, D = config->head_dim, Dv = config->v_dim;
-    lk_span span = {
-        .k_stride = {Hkv * T * D, T * D, D},
-        .v_stride = {Hkv * T * Dv, T * Dv, Dv},
-        .valid = valid,
-        .n_columns = T,
-    };
-    span.k = random_array(config->dtype, n_rows * Hkv * T * D);
-    span.v = random_array(config->dtype, n_rows * Hkv * T * Dv);
-    return span;
-}
-
-static void free_span(lk_span *span) {
-    free((void *)span->k);
-    free((void *)span->v);
-}
-
-static void check_state(const lk_cache *cache, const naive_cache *naive) {
-    CHECK(lk_cache_n_rows(cache) == naive->n_rows);
-    CHECK(lk_cache_n_columns(cache) == naive->n_columns);
-    for (int64_t b = 0; b < naive->n_rows; b++) {
-        CHECK(lk_cache_length(cache, b) == naive->row[b].len);
-        CHECK(lk_cache_lo(cache, b) == naive->row[b].lo);
-        CHECK(lk_cache_prompt(cache, b) == naive->row[b].n0);
-    }
-}
-
-/* Everything stored is what was appended; what is not stored must be a dropped channel of the middle. */
-static void check_gather(const lk_cache *cache, const naive_cache *naive) {
-    const lk_config *config = &naive->config;
-    const int64_t Hkv = config->n_heads, D = config->head_dim, Dv = config->v_dim;
-    for (int64_t b = 0; b < naive->n_rows; b++) {
-        const naive_row *row = &naive->row[b];
-        const int64_t L = row->len;
-        void *k = random_array(config->dtype, Hkv * L * D);
-        void *v = random_array(config->dtype, Hkv * L * Dv);
-        CHECK_OK(lk_cache_gather(cache, b, k, v));
-        for (int64_t g = 0; g < Hkv; g++) {
-            bool any_kept = false;
-            for (int64_t c = 0; c < D; c++) any_kept = any_kept || config->keep[g * D + c];
-            for (int64_t j = 0; j < L; j++) {
-                const bool middle = j >= config->sink && j < row->lo;
-                for (int64_t c = 0; c < D; c++) {
-                    const double got = value_at(config->dtype, k, (g * L + j) * D + c);
-                    const bool may_be_gone = middle && !config->keep[g * D + c];
-                    CHECK(got == row->k[(j * Hkv + g) * D + c] || (may_be_gone && isnan(got)));
-                }
-                for (int64_t d = 0; d < Dv; d++) {
-                    const double got = value_at(config->dtype, v, (g * L + j) * Dv + d);
-                    const bool may_be_gone = middle && !any_kept;
-                    CHECK(got == row->v[(j * Hkv + g) * Dv + d] || (may_be_gone && isnan(got)));
-                }
-            }
-        }
-        free(k);
-        free(v);
-    }
-}
-
-/* ------------------------------------------------------------------------------------------- decode */
-
-/* Outputs of the last T columns with each variant that can run: the same with one thread and two, and near
- * the naive ones. */
-static void check_decode(const lk_cache *cache, const naive_cache *naive, int64_t n_q_heads,
-                         int64_t n_columns) {
-    const lk_config *config = &naive->config;
-    const int64_t B = naive->n_rows, Hq = n_q_heads, R = Hq / config->n_heads, T = n_columns;
-    const int64_t D = config->head_dim, Dv = config->v_dim, n_out = B * Hq * T * Dv;
-    void *q = random_array(config->dtype, B * Hq * T * D);
-    const double softcap = (const double[]){0, 0.5, 4, 30}[random_below(4)];
-    float *sinks = random_below(2) ? random_array(LK_F32, Hq) : NULL;
-    double *truth = calloc((size_t)n_out, sizeof *truth), q_row[LK_MAX_HEAD_DIM];
-    CHECK(truth != NULL);
-    for (int64_t b = 0; b < B; b++) {
-        int64_t position = naive->row[b].len;
-        for (int64_t t = T - 1; t >= 0; t--) {
-            if (!naive->row[b].real[naive->n_columns - T + t]) continue;
-            position--;
-            for (int64_t h = 0; h < Hq; h++) {
-                const int64_t at = (b * Hq + h) * T + t;
-                for (int64_t c = 0; c < D; c++) q_row[c] = value_at(config->dtype, q, at * D + c);
-                const double sink = sinks ? sinks[h] : -INFINITY;
-                naive_attend(naive, b, position, h / R, q_row, 1 / sqrt((double)D), softcap, sink,
-                             truth + at * Dv);
-            }
-        }
-    }
-    const char *before, *name;
-    CHECK_OK(lk_isa(&before));
-    int available;
-    for (int i = 0; (name = lk_isa_built(i, &available)) != NULL; i++) {
-        if (!available) continue;
-        CHECK_OK(lk_isa_force(name));
-        const size_t out_bytes = (size_t)n_out * lk_dtype_bytes(config->dtype);
-        void *first = NULL;
-        for (int n_threads = 1; n_threads <= 2; n_threads++) {
-            void *o = random_array(config->dtype, n_out);
-            const lk_decode_args args = {
-                .cache = cache,
-                .q = q,
-                .q_stride = {Hq * T * D, T * D, D},
-                .o = o,
-                .o_stride = {Hq * T * Dv, T * Dv, Dv},
-                .n_q_heads = Hq,
-                .n_columns = T,
-                .scale = (float)(1 / sqrt((double)D)),
-                .softcap = (float)softcap,
-                .sinks = sinks,
-                .n_threads = n_threads,
-            };
-            CHECK_OK(lk_decode(&args));
-            if (n_threads == 2) CHECK(memcmp(o, first, out_bytes) == 0);
-            for (int64_t j = 0; j < n_out && n_threads == 1; j++) {
-                const double error = fabs(value_at(config->dtype, o, j) - truth[j]);
-                if (!(error <= tolerance[config->dtype])) {
-                    fprintf(stderr, "%s, dtype %d: element %lld of o: error %g\n", name,
-                            (int)config->dtype, (long long)j, error);
-                    exit(1);
-                }
-            }
-            if (n_threads == 1) first = o;
-            else free(o);
-        }
-        free(first);
-        n_compared += n_out;
-    }
-    CHECK_OK(lk_isa_force(before));
-    free(q);
-    free(sinks);
-    free(truth);
-}
+#include "capi/checks.h"
+#include "capi/faults.h"
+#include "capi/shared.h"
 
 /* ------------------------------------------------------------------------------------- random calls */
 
@@ -227,7 +92,7 @@ static void run_random_calls(const lk_config *config, int64_t n_q_heads, int n_c
     free(naive_of_copy);
 }
 
-/* -------------------------------------------------------------------- memory, limits and allocations */
+/* -------------------------------------------------------------------- memory and limits */
 
 static bool same_memory(lk_memory a, lk_memory b) {
     return a.n_pages == b.n_pages && a.n_twins == b.n_twins && a.k_bytes == b.k_bytes &&
@@ -259,51 +124,6 @@ static void test_memory(const lk_config *config) {
     CHECK(same_memory(predicted, lk_cache_memory(cache)));
     free_span(&span);
     lk_cache_free(cache);
-}
-
-static void test_failing_allocations(const lk_config *config) {
-    lk_cache *cache = NULL, *copy = NULL;
-    lk_status status = LK_E_NOMEM;
-    for (int n = 1; status != LK_OK; n++) {
-        lk_test_fail_allocation(n);
-        status = lk_cache_create(config, 2, &cache);
-        CHECK(status == LK_OK || status == LK_E_NOMEM);
-    }
-    const int64_t sizes[] = {150, 1, 3, 70};
-    for (int i = 0; i < 4; i++) {
-        lk_span span = random_span(config, 2, sizes[i], NULL);
-        const lk_memory before = lk_cache_memory(cache);
-        const int64_t columns = lk_cache_n_columns(cache), lo = lk_cache_lo(cache, 1);
-        status = LK_E_NOMEM;
-        for (int n = 1; status != LK_OK; n++) {
-            lk_test_fail_allocation(n);
-            status = i % 2 ? lk_cache_append(cache, &span) : lk_cache_put(cache, &span);
-            CHECK(status == LK_OK || status == LK_E_NOMEM);
-            if (status == LK_OK) continue;
-            CHECK(same_memory(before, lk_cache_memory(cache)));
-            CHECK(lk_cache_n_columns(cache) == columns && lk_cache_lo(cache, 1) == lo);
-            CHECK(lk_cache_length(cache, 0) == columns && lk_cache_length(cache, 1) == columns);
-        }
-        lk_test_fail_allocation(0);
-        if (i % 2 == 0) lk_cache_settle(cache);
-        free_span(&span);
-    }
-    status = LK_E_NOMEM;
-    for (int n = 1; status != LK_OK; n++) {
-        lk_test_fail_allocation(n);
-        status = lk_cache_copy(cache, &copy);
-        CHECK(status == LK_OK || status == LK_E_NOMEM);
-    }
-    const int64_t rows[] = {1, 1, 0};
-    status = LK_E_NOMEM;
-    for (int n = 1; status != LK_OK; n++) {
-        lk_test_fail_allocation(n);
-        status = lk_cache_select(copy, rows, 3);
-        CHECK(status == LK_OK || (status == LK_E_NOMEM && lk_cache_n_rows(copy) == 2));
-    }
-    lk_test_fail_allocation(0);
-    lk_cache_free(cache);
-    lk_cache_free(copy);
 }
 
 static void test_errors(const lk_config *config) {
@@ -505,9 +325,10 @@ int main(int argc, char **argv) {
                 keep[g * config.head_dim + (c * 3 + g) % config.head_dim] = 1;
         run_random_calls(&config, 4 * (1 + random_below(4)), 60);
         test_memory(&config);
-        test_failing_allocations(&config);
+        if (i < 3) test_faults(&config); /* each dtype */
         test_errors(&config);
         test_unsettled(&config);
+        test_shared_pages(&config);
         n_compared += test_learn(config.dtype, tolerance[config.dtype]);
     }
     const char *name;

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import doctest
+import json
 import os
 import pickle
 import sys
@@ -295,6 +296,10 @@ def test_what_write_makes_is_right(tmp_path):
         ({"sink": "-1"}, "metadata sink: expected a whole number, got '-1'"),
         ({"sink": ""}, "metadata sink: expected a whole number, got ''"),
         ({"sink": "²"}, "metadata sink: expected a whole number"),
+        ({"sink": str(2**60)}, r"sink: expected less than 2\*\*60, got 1152921504606846976"),
+        ({"recent": "9" * 30}, r"recent: expected less than 2\*\*60, got 999"),
+        ({"recent": "9" * 5000}, "integer string conversion"),
+        ({"outside": "9" * 30}, r"outside: expected numbers of some of the 2 layers"),
         ({"recent": "0"}, "recent: expected at least 1, got 0"),
         ({"recent": "512.0"}, "metadata recent: expected a whole number, got '512.0'"),
     ],
@@ -337,6 +342,12 @@ def test_wrong_shape_that_the_metadata_agrees_with(tmp_path, shape, message):
     text = ",".join(map(str, shape))
     tensors = {"mask": np.ones(shape, np.bool_)}
     fails(write(tmp_path / "m", tensors, shape=text, ratio="0.000000"), message)
+
+
+def test_a_tensor_without_axes(tmp_path):
+    """Found by fuzzing: layers outside were looked for before the shape."""
+    one = {"mask": np.array(True)}
+    fails(write(tmp_path / "m", one, shape="", outside="0"), r"keep: expected .* got \(\)")
 
 
 def test_a_byte_that_is_no_bool(tmp_path):
@@ -382,6 +393,52 @@ def test_no_file(tmp_path, kind):
         load(tmp_path)
     with pytest.raises(FileNotFoundError):
         some_mask().save(tmp_path / "no folder" / "m.safetensors")
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    path, link = tmp_path / "m.safetensors", tmp_path / "link.safetensors"
+    some_mask().save(path)
+    for target, error in (("none", FileNotFoundError), (link.name, OSError), ("m/x", OSError)):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(error, match="link.safetensors"):
+            ChannelMask.load(link)
+    with pytest.raises(NotADirectoryError, match="m.safetensors"):
+        ChannelMask.load(path / "inside")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(tmp_path):
+    path = write(tmp_path / "m.safetensors")
+    path.chmod(0)
+    with pytest.raises(PermissionError, match="m.safetensors"):
+        ChannelMask.load(path)
+
+
+def test_symbolic_links(tmp_path):
+    """A link is read through; saving takes its place, and what it led to stays."""
+    path, link = tmp_path / "m.safetensors", tmp_path / "link.safetensors"
+    some_mask().save(path)
+    link.symlink_to(path)
+    assert ChannelMask.load(link) == some_mask()
+    some_mask(recent=5).save(link)
+    assert ChannelMask.load(path) == some_mask() and not link.is_symlink()
+    assert ChannelMask.load(link).recent == 5
+
+
+@pytest.mark.parametrize("size", [2**31, 2**63 - 1, 2**63, 2**64, -1])
+def test_absurd_shapes(tmp_path, size):
+    """Headers that promise more than there is; nothing of that size is ever made."""
+    for shape in ([size], [size, 1, 8], [1, size, 8], [size, size, size]):
+        for end in (0, 8, size):
+            tensor = {"dtype": "BOOL", "shape": shape, "data_offsets": [0, end]}
+            header = json.dumps({"mask": tensor, "__metadata__": METADATA}).encode()
+            path = tmp_path / "m.safetensors"
+            path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+            fails(path, "expected a safetensors file")
+    for length in (size % 2**64, 2**40):
+        path.write_bytes(length.to_bytes(8, "little") + b"{}")
+        fails(path, "expected a safetensors file, got 10 bytes")
 
 
 def test_without_safetensors(tmp_path, monkeypatch):

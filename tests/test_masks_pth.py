@@ -48,6 +48,23 @@ def test_a_wrong_argument_is_not_the_files_fault(tmp_path):
     assert not isinstance(caught.value, MaskFileError)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.nn.Parameter,
+        lambda tensor: tensor.requires_grad_(),
+        lambda tensor: torch._neg_view(-tensor),
+        lambda tensor: tensor.transpose(0, 2).contiguous().transpose(0, 2),
+    ],
+    ids=["parameter", "grad", "negative", "transposed"],
+)
+def test_tensors_of_other_kinds(tmp_path, make):
+    """Found by fuzzing: NumPy does not take some of them as they are."""
+    tensor = blocks([8, 64])
+    mask = ChannelMask.from_pth(pth(tmp_path / "m.pth", make(tensor.clone())))
+    assert np.array_equal(mask.keep, tensor.bool().numpy())
+
+
 class Executes:
     def __reduce__(self):
         return print, ("a .pth file must not run this",)
@@ -65,6 +82,12 @@ class Executes:
         (blocks([8])[0], r"expected a float tensor .*, got torch.float32 \(1, 64\)"),
         (blocks([8]).bool(), "expected a float tensor .*, got torch.bool"),
         (blocks([8]).long(), "expected a float tensor .*, got torch.int64"),
+        (blocks([8]).to_sparse(), "expected a dense tensor .*, got one that is torch.sparse_coo"),
+        (blocks([8]).to("meta"), "expected a dense tensor .*, got one that is .* on meta"),
+        (
+            torch.ones(1).expand(10**6, 10**6, 8),
+            r"expected a value for each of \(1000000, 1000000, 8\), got 1 values",
+        ),
         ({"mask": blocks([8])}, "expected one tensor, got dict"),
         (Executes(), "expected a file written by torch.save, got: Weights only load failed"),
     ],

@@ -59,10 +59,10 @@ static void run_learn(const lk_learn_args *a, const lk_strided *d_o, const int64
 
 /* Exactly, or near the largest value. */
 static void check_learn_same(const lk_learn_args *a, const int64_t *sizes, void **got, void **told,
-                             double tolerance) {
+                             double most) {
     for (int i = 0; i < LEARN_OUTPUTS; i++) {
         const lk_dtype dtype = i == LEARN_LSE || i == LEARN_DALPHA ? LK_F32 : a->dtype;
-        if (tolerance == 0) {
+        if (most == 0) {
             CHECK(memcmp(got[i], told[i], (size_t)sizes[i] * lk_dtype_bytes(dtype)) == 0);
             continue;
         }
@@ -73,13 +73,13 @@ static void check_learn_same(const lk_learn_args *a, const int64_t *sizes, void 
         }
         for (int64_t j = 0; j < sizes[i]; j++) {
             const double x = value_at(dtype, got[i], j), y = value_at(dtype, told[i], j);
-            CHECK(x == y || fabs(x - y) <= tolerance * largest);
+            CHECK(x == y || fabs(x - y) <= most * largest);
         }
     }
 }
 
 /* One random shape with each variant that can run, with one thread and two. Returns how many outputs were compared. */
-static int64_t test_learn(lk_dtype dtype, double tolerance) {
+static int64_t test_learn(lk_dtype dtype, double most) {
     const int64_t B = 2, Hkv = 2, R = 1 + random_below(3), T = 1 + random_below(90);
     const int64_t Lc = random_below(150), D = 1 + random_below(80), Dv = 1 + random_below(80);
     const int64_t start[2] = {0, random_below(Lc + T + 1)};
@@ -120,7 +120,7 @@ static int64_t test_learn(lk_dtype dtype, double tolerance) {
         run_learn(&one, &d_o, sizes, other);
         run_learn(&two, &d_o, sizes, again);
         check_learn_same(&one, sizes, again, other, 0);
-        if (first[0]) check_learn_same(&one, sizes, other, first, tolerance);
+        if (first[0]) check_learn_same(&one, sizes, other, first, most);
         for (int j = 0; j < LEARN_OUTPUTS; j++) {
             free(again[j]);
             if (first[j]) free(other[j]);
@@ -133,7 +133,7 @@ static int64_t test_learn(lk_dtype dtype, double tolerance) {
     for (int64_t i = 0; i < n * R; i++) {
         naive_learn(&one, i / T / (Hkv * R), i / T % (Hkv * R), i % T, o);
         for (int64_t d = 0; d < Dv; d++)
-            CHECK(fabs(value_at(dtype, first[LEARN_O], i * Dv + d) - o[d]) <= tolerance * 4);
+            CHECK(fabs(value_at(dtype, first[LEARN_O], i * Dv + d) - o[d]) <= most * 4);
     }
     two.recent = 0;
     CHECK(lk_learn_forward(&two, first[LEARN_O], first[LEARN_LSE]) == LK_E_VALUE);

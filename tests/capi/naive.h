@@ -28,17 +28,17 @@
 
 static uint64_t random_state = 20250820;
 
-static uint64_t random_bits(void) { /* splitmix64 */
+static inline uint64_t random_bits(void) { /* splitmix64 */
     uint64_t z = random_state += 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     return z ^ (z >> 31);
 }
 
-static int64_t random_below(int64_t n) { return (int64_t)(random_bits() % (uint64_t)n); }
+static inline int64_t random_below(int64_t n) { return (int64_t)(random_bits() % (uint64_t)n); }
 
 /* The i-th element of an array of the dtype, exactly. */
-static double value_at(lk_dtype dtype, const void *data, int64_t i) {
+static inline double value_at(lk_dtype dtype, const void *data, int64_t i) {
     if (dtype == LK_F32) return ((const float *)data)[i];
     const uint16_t bits = ((const uint16_t *)data)[i];
     if (dtype == LK_BF16) {
@@ -55,7 +55,7 @@ static double value_at(lk_dtype dtype, const void *data, int64_t i) {
 }
 
 /* n elements of the dtype with absolute values in [1/32, 4). */
-static void *random_array(lk_dtype dtype, int64_t n) {
+static inline void *random_array(lk_dtype dtype, int64_t n) {
     void *data = malloc((size_t)n * lk_dtype_bytes(dtype) + 1);
     CHECK(data != NULL);
     for (int64_t i = 0; i < n; i++) {
@@ -86,7 +86,7 @@ typedef struct {
     naive_row row[MAX_ROWS];
 } naive_cache;
 
-static void naive_init(naive_cache *cache, const lk_config *config, int64_t n_rows) {
+static inline void naive_init(naive_cache *cache, const lk_config *config, int64_t n_rows) {
     memset(cache, 0, sizeof *cache);
     cache->config = *config;
     cache->n_rows = n_rows;
@@ -98,21 +98,21 @@ static void naive_init(naive_cache *cache, const lk_config *config, int64_t n_ro
     }
 }
 
-static double *duplicate(const double *data, int64_t n) {
+static inline double *duplicate(const double *data, int64_t n) {
     double *copy = malloc((size_t)n * sizeof *copy + 1);
     CHECK(copy != NULL);
     if (n > 0) memcpy(copy, data, (size_t)n * sizeof *copy);
     return copy;
 }
 
-static naive_row naive_copy_row(const naive_cache *cache, int64_t b) {
+static inline naive_row naive_copy_row(const naive_cache *cache, int64_t b) {
     naive_row row = cache->row[b];
     row.k = duplicate(row.k, row.len * cache->config.n_heads * cache->config.head_dim);
     row.v = duplicate(row.v, row.len * cache->config.n_heads * cache->config.v_dim);
     return row;
 }
 
-static void naive_free_rows(naive_cache *cache) {
+static inline void naive_free_rows(naive_cache *cache) {
     for (int64_t b = 0; b < MAX_ROWS; b++) {
         free(cache->row[b].k);
         free(cache->row[b].v);
@@ -120,7 +120,7 @@ static void naive_free_rows(naive_cache *cache) {
     }
 }
 
-static void naive_select(naive_cache *cache, const int64_t *rows, int64_t n_rows) {
+static inline void naive_select(naive_cache *cache, const int64_t *rows, int64_t n_rows) {
     naive_row chosen[MAX_ROWS] = {{0}};
     for (int64_t b = 0; b < n_rows; b++) chosen[b] = naive_copy_row(cache, rows[b]);
     naive_free_rows(cache);
@@ -129,7 +129,7 @@ static void naive_select(naive_cache *cache, const int64_t *rows, int64_t n_rows
 }
 
 /* n0 as soon as it follows from the columns: queries of the call that completes a prompt may be past it. */
-static void naive_complete_prompt(const naive_cache *cache, naive_row *row) {
+static inline void naive_complete_prompt(const naive_cache *cache, naive_row *row) {
     if (row->n0 >= 0 || row->len == 0 || cache->n_columns < cache->announced) return;
     int64_t announced_tokens = 0;
     for (int64_t i = 0; i < cache->announced; i++) announced_tokens += row->real[i];
@@ -137,7 +137,7 @@ static void naive_complete_prompt(const naive_cache *cache, naive_row *row) {
 }
 
 /* The span's strides must be those of contiguous [B, Hkv, T, D] and [B, Hkv, T, Dv]. */
-static void naive_put(naive_cache *cache, const lk_span *span) {
+static inline void naive_put(naive_cache *cache, const lk_span *span) {
     const lk_config *config = &cache->config;
     const int64_t T = span->n_columns, Hkv = config->n_heads, D = config->head_dim;
     const int64_t Dv = config->v_dim;
@@ -165,7 +165,7 @@ static void naive_put(naive_cache *cache, const lk_span *span) {
     for (int64_t b = 0; b < cache->n_rows; b++) naive_complete_prompt(cache, &cache->row[b]);
 }
 
-static void naive_settle(naive_cache *cache) {
+static inline void naive_settle(naive_cache *cache) {
     const lk_config *config = &cache->config;
     for (int64_t b = 0; b < cache->n_rows; b++) {
         naive_row *row = &cache->row[b];
@@ -178,13 +178,13 @@ static void naive_settle(naive_cache *cache) {
     }
 }
 
-static void naive_hold(naive_cache *cache, bool on) {
+static inline void naive_hold(naive_cache *cache, bool on) {
     for (int64_t b = 0; b < cache->n_rows; b++)
         cache->row[b].held = on ? cache->row[b].len : INT64_MAX;
     naive_settle(cache);
 }
 
-static void naive_crop(naive_cache *cache, int64_t n_columns) {
+static inline void naive_crop(naive_cache *cache, int64_t n_columns) {
     for (int64_t b = 0; b < cache->n_rows; b++) {
         naive_row *row = &cache->row[b];
         row->len = 0;
@@ -200,8 +200,9 @@ static void naive_crop(naive_cache *cache, int64_t n_columns) {
 /* ---------------------------------------------------------------------------------------- attention */
 
 /* o [Dv] for one query of KV head g at position p. softcap 0: none; sink -inf: none. */
-static void naive_attend(const naive_cache *cache, int64_t b, int64_t p, int64_t g, const double *q,
-                         double scale, double softcap, double sink, double *o) {
+static inline void naive_attend(const naive_cache *cache, int64_t b, int64_t p, int64_t g,
+                                const double *q, double scale, double softcap, double sink,
+                                double *o) {
     const lk_config *config = &cache->config;
     const naive_row *row = &cache->row[b];
     const int64_t Hkv = config->n_heads, D = config->head_dim, Dv = config->v_dim;

@@ -1,0 +1,1 @@
+"""Fuzzers, their corpus, and the program that runs them; see CONTRIBUTING.md."""
