@@ -194,7 +194,7 @@ def work_of(keep, n_q_heads, *shapes):
 @pytest.mark.parametrize(
     "head_dim, n_q_heads, n_rows, message",
     [
-        (40, 2, 1, r"mask: expected a head dim of \(64, 80, 96, 128\), got 40"),
+        (40, 2, 1, r"mask: expected a head dim of \(64, .*256\), got 40"),
         (64, 34, 1, "q-heads: expected at most 16 per KV head, got 17 in mask"),
         (64, 2, 70_000, "shapes: expected at most 65535 rows, got 70000x9"),
     ],
