@@ -2,8 +2,8 @@
 
 transformers can read one step late whether all rows are finished, and undo the step too many; it
 does so on "mps" alone. With a ``LeanKCache`` on an NVIDIA GPU it does so here, too: for a model of
-8B shape and one row the host's part, that the GPU waits for, is a sixth of each step on an H200.
-All other calls are as they were.
+8B shape and one row the GPU waited for the host in an eighth of each step (kernels/README.md,
+"Patched models"). All other calls are as they were.
 """
 
 from __future__ import annotations
