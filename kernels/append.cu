@@ -24,12 +24,11 @@ __device__ static int32_t block_rank(bool flag, int32_t *warp_sums, int32_t *tot
     return before + __popc(flags & ((1u << lane) - 1));
 }
 
-/* One block per row: position of each column's token (-1: padding), then the row's new state. All columns fit.
- * valid and position [B, stride]; first_new [B] or NULL gets the row's length before. */
+/* One block per row: position of each column's token, then the row's new state. All columns fit. Of padding it is -1 minus
+ * the position of the next token (tokens_before). valid and position [B, stride]. */
 __global__ void __launch_bounds__(PLACE_THREADS)
     place_kernel(const __grid_constant__ lk_cuda_layer layer, const uint8_t *valid,
-                 int32_t *position, int32_t stride, int32_t *first_new, int32_t n_columns,
-                 int32_t columns_before) {
+                 int32_t *position, int32_t stride, int32_t n_columns, int32_t columns_before) {
     __shared__ int32_t warp_sums[PLACE_THREADS / LK_WARP];
     const int64_t b = blockIdx.x;
     const int32_t len = state_len(layer)[b];
@@ -41,12 +40,11 @@ __global__ void __launch_bounds__(PLACE_THREADS)
         const int32_t at = len + n_new + block_rank(real, warp_sums, &total);
         n_new += total;
         if (t >= n_columns) continue;
-        position[b * stride + t] = real ? at : -1;
+        position[b * stride + t] = real ? at : -1 - at;
         layer.real[b * layer.real_stride + columns_before + t] = real;
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
-    if (first_new) first_new[b] = len;
     settle_row(layer, (int32_t)b, len + n_new, state_lo(layer)[b], state_n0(layer)[b]);
     if (b == 0) layer.state[LK_STATE_COLUMNS] = columns_before + n_columns;
 }
@@ -118,12 +116,11 @@ static lk_status store(const lk_cuda_append_args *a, int32_t stride, cudaStream_
     return lk_cuda_launched(cudaGetLastError(), stream, a->cuda_error);
 }
 
-lk_status append_columns(const lk_cuda_append_args *args, int32_t stride, int32_t *first_new) {
+lk_status append_columns(const lk_cuda_append_args *args, int32_t stride) {
     const lk_cuda_layer *layer = args->layer;
     cudaStream_t stream = static_cast<cudaStream_t>(args->stream);
     place_kernel<<<(unsigned)layer->n_rows, PLACE_THREADS, 0, stream>>>(
-        *layer, args->valid, args->position, stride, first_new, args->n_columns,
-        args->columns_before);
+        *layer, args->valid, args->position, stride, args->n_columns, args->columns_before);
     const lk_status status = lk_cuda_launched(cudaGetLastError(), stream, args->cuda_error);
     if (status != LK_OK) return status;
     if (layer->dtype == LK_BF16) return store<__nv_bfloat16>(args, stride, stream);
@@ -139,7 +136,7 @@ lk_status lk_cuda_append(const lk_cuda_append_args *args) {
     if (args->n_columns > layer->max_tokens - args->columns_before) return LK_E_LIMIT;
     if (args->n_columns == 0) return LK_OK;
     if (!args->k || !args->v || !args->position) return LK_E_VALUE;
-    return append_columns(args, args->n_columns, NULL);
+    return append_columns(args, args->n_columns);
 }
 
 lk_status lk_cuda_crop(const lk_cuda_layer *layer, int32_t n_columns, void *stream,

@@ -4,7 +4,7 @@
 
 #include "leank_cuda.h"
 
-/* Append checked columns. valid and position [B, stride]; first_new [B] or NULL gets the rows' lengths before. */
-lk_status append_columns(const lk_cuda_append_args *args, int32_t stride, int32_t *first_new);
+/* Append checked columns. valid and position [B, stride]; see place_kernel. */
+lk_status append_columns(const lk_cuda_append_args *args, int32_t stride);
 
 #endif

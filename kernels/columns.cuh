@@ -1,14 +1,31 @@
 /* columns.cuh: the softmax state of the query columns that a warp has, and how it takes in groups of 16 tokens.
  *
- * Tokens are the rows of the first product and columns its columns, 8 in a tile. Logits x[g * COLUMN_TILES + n][4] are those of
- * group g and column tile n, as the matrix units hold them: this lane has tokens lane / 4 and lane / 4 + 8 (x[..][2], [3]) of
- * columns 2 (lane % 4) and the next one. */
+ * Tokens are the rows of the first product and columns its columns, 8 in a tile. Logits x[n][4] are those of column tile n, as
+ * the matrix units hold them: this lane has tokens lane / 4 and lane / 4 + 8 (x[..][2], [3]) of columns 2 (lane % 4) and
+ * the next one. */
 #ifndef LEANK_COLUMNS_CUH
 #define LEANK_COLUMNS_CUH
 
 #include "decode_shape.cuh"
 
 #include <math.h>
+
+/* o of the first n_columns of a column tile into shared memory, LK_STATE_FLOATS(D) from each other. */
+template <int D>
+__device__ __forceinline__ void put_values(const float (&o)[D / 16][4], float *states,
+                                           int32_t n_columns, int lane) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int32_t column = 2 * (lane % 4) + i;
+        if (column >= n_columns) continue;
+        float *state = states + column * LK_STATE_FLOATS(D);
+#pragma unroll
+        for (int t = 0; t < D / 16; t++) {
+            state[16 * t + lane / 4] = o[t][i];
+            state[16 * t + 8 + lane / 4] = o[t][i + 2];
+        }
+    }
+}
 
 /* Column 8 n + 2 (lane % 4) + i of column tile n has m[n][i]; l is summed over lanes at the end. */
 template <int D, int COLUMN_TILES> struct column_state {
@@ -38,18 +55,11 @@ template <int D, int COLUMN_TILES> struct column_state {
 #pragma unroll
             for (int step = 4; step < LK_WARP; step *= 2) sum += __shfl_xor_sync(LK_ALL, sum, step);
             const int32_t column = 2 * (lane % 4) + i;
-            if (column >= n_columns) continue;
-            float *state = states + column * LK_STATE_FLOATS(D);
-            if (lane < 4) {
-                state[D] = m[n][i];
-                state[D + 1] = sum;
-            }
-#pragma unroll
-            for (int t = 0; t < D / 16; t++) {
-                state[16 * t + lane / 4] = o[n][t][i];
-                state[16 * t + 8 + lane / 4] = o[n][t][i + 2];
-            }
+            if (lane >= 4 || column >= n_columns) continue;
+            states[column * LK_STATE_FLOATS(D) + D] = m[n][i];
+            states[column * LK_STATE_FLOATS(D) + D + 1] = sum;
         }
+        put_values<D>(o[n], states, n_columns, lane);
     }
 };
 
@@ -89,67 +99,56 @@ __device__ __forceinline__ void make_q_operand(const uint16_t *rows, int32_t row
 
 /* ------------------------------------------------------------------------------- q . k, with q in shared memory */
 
-/* logits += q . k of G groups over n_slots slots of q from `first` on. q: word [n][slot][lane][half], see make_q_operand;
- * tiles of a group stand one after the other, those of the next group group_bytes later. */
-template <typename T, int D, int COLUMN_TILES, int G>
+/* logits += q . k of a group over n_slots slots of q from `first` on. q: word [n][slot][lane][half], see make_q_operand; tiles
+ * stand one after the other. */
+template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void add_shared_slots(const uint32_t *q, int32_t first, int32_t n_slots,
-                                                 const unsigned char *tiles, int32_t group_bytes,
-                                                 int lane, float (&x)[G * COLUMN_TILES][4]) {
+                                                 const unsigned char *tiles, int lane,
+                                                 float (&x)[COLUMN_TILES][4]) {
     q += (first * LK_WARP + lane) * 2;
     tiles += 16 * lane;
 #pragma unroll 2
     for (int32_t t = 0; t < n_slots; t++) {
-        uint4 a[G];
-#pragma unroll
-        for (int g = 0; g < G; g++)
-            a[g] = *reinterpret_cast<const uint4 *>(tiles + 512 * t + g * group_bytes);
+        const uint4 a = *reinterpret_cast<const uint4 *>(tiles + 512 * t);
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++) {
             const uint2 b = *reinterpret_cast<const uint2 *>(q + (n * (D / 16) + t) * LK_WARP * 2);
-#pragma unroll
-            for (int g = 0; g < G; g++) mma_16<T>(x[g * COLUMN_TILES + n], a[g], b.x, b.y);
+            mma_16<T>(x[n], a, b.x, b.y);
         }
     }
 }
 
 /* The same over the 8 channels that are half of a slot. */
-template <typename T, int D, int COLUMN_TILES, int G>
+template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void add_shared_half(const uint32_t *q, int32_t slot, int half,
-                                                const unsigned char *tile, int32_t group_bytes,
-                                                int lane, float (&x)[G * COLUMN_TILES][4]) {
-    uint2 a[G];
+                                                const unsigned char *tile, int lane,
+                                                float (&x)[COLUMN_TILES][4]) {
+    const uint2 a = *reinterpret_cast<const uint2 *>(tile + 8 * lane);
 #pragma unroll
-    for (int g = 0; g < G; g++)
-        a[g] = *reinterpret_cast<const uint2 *>(tile + 8 * lane + g * group_bytes);
-#pragma unroll
-    for (int n = 0; n < COLUMN_TILES; n++) {
-        const uint32_t b = q[((n * (D / 16) + slot) * LK_WARP + lane) * 2 + half];
-#pragma unroll
-        for (int g = 0; g < G; g++) mma_8<T>(x[g * COLUMN_TILES + n], a[g], b);
-    }
+    for (int n = 0; n < COLUMN_TILES; n++)
+        mma_8<T>(x[n], a, q[((n * (D / 16) + slot) * LK_WARP + lane) * 2 + half]);
 }
 
-/* Over the kept channels of G groups. */
-template <typename T, int D, int COLUMN_TILES, int G>
+/* Over the kept channels. */
+template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void add_shared_kept(const uint32_t *q, int32_t n_kept,
                                                 const unsigned char *tiles, int lane,
-                                                float (&x)[G * COLUMN_TILES][4]) {
+                                                float (&x)[COLUMN_TILES][4]) {
     const int32_t n_full = n_kept / 16;
-    add_shared_slots<T, D, COLUMN_TILES, G>(q, 0, n_full, tiles, 32 * n_kept, lane, x);
+    add_shared_slots<T, D, COLUMN_TILES>(q, 0, n_full, tiles, lane, x);
     if (n_kept % 16 != 0)
-        add_shared_half<T, D, COLUMN_TILES, G>(q, n_full, 0, tiles + 512 * n_full, 32 * n_kept,
-                                               lane, x);
+        add_shared_half<T, D, COLUMN_TILES>(q, n_full, 0, tiles + 512 * n_full, lane, x);
 }
 
-/* Over the dropped ones of one group. */
+/* Over the dropped ones. */
 template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void add_shared_dropped(const uint32_t *q, int32_t n_kept,
                                                    const unsigned char *tiles, int lane,
                                                    float (&x)[COLUMN_TILES][4]) {
     const int32_t n_full = (D - n_kept) / 16;
-    add_shared_slots<T, D, COLUMN_TILES, 1>(q, D / 16 - n_full, n_full, tiles, 0, lane, x);
+    add_shared_slots<T, D, COLUMN_TILES>(q, D / 16 - n_full, n_full, tiles, lane, x);
     if (n_kept % 16 != 0)
-        add_shared_half<T, D, COLUMN_TILES, 1>(q, n_kept / 16, 1, tiles + 512 * n_full, 0, lane, x);
+        add_shared_half<T, D, COLUMN_TILES>(q, n_kept / 16, 1, tiles + 512 * n_full, lane, x);
 }
 
 /* ------------------------------------------------------------------------------------------ softmax and values */
@@ -176,20 +175,16 @@ __device__ __forceinline__ void scale_logits(const decode_params &p, float (&x)[
  * divided by their sum in the end, and those up to 2^8 fit in f16 too. So most tiles do without a maximum over lanes. */
 #define LK_M_SLACK 8.0f
 
-/* Take the logits of G groups into the state: they become the operands of the product with V. */
-template <typename T, int G, int D, int COLUMN_TILES>
+/* Take the logits of a group into the state: they become the operands of the product with V. */
+template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void take_logits(column_state<D, COLUMN_TILES> &w,
-                                            float (&x)[G * COLUMN_TILES][4],
-                                            uint32_t (&operand)[G * COLUMN_TILES][2]) {
+                                            float (&x)[COLUMN_TILES][4],
+                                            uint32_t (&operand)[COLUMN_TILES][2]) {
     bool above = false;
 #pragma unroll
-    for (int g = 0; g < G; g++)
-#pragma unroll
-        for (int n = 0; n < COLUMN_TILES; n++) {
-            const float *y = x[g * COLUMN_TILES + n];
-            above |= fmaxf(y[0], y[2]) > w.m[n][0] + LK_M_SLACK ||
-                     fmaxf(y[1], y[3]) > w.m[n][1] + LK_M_SLACK;
-        }
+    for (int n = 0; n < COLUMN_TILES; n++)
+        above |= fmaxf(x[n][0], x[n][2]) > w.m[n][0] + LK_M_SLACK ||
+                 fmaxf(x[n][1], x[n][3]) > w.m[n][1] + LK_M_SLACK;
     if (__any_sync(LK_ALL, above)) {
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++) {
@@ -197,10 +192,6 @@ __device__ __forceinline__ void take_logits(column_state<D, COLUMN_TILES> &w,
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float top = fmaxf(x[n][i], x[n][i + 2]);
-#pragma unroll
-                for (int g = 1; g < G; g++)
-                    top = fmaxf(top,
-                                fmaxf(x[g * COLUMN_TILES + n][i], x[g * COLUMN_TILES + n][i + 2]));
 #pragma unroll
                 for (int step = 4; step < LK_WARP; step *= 2)
                     top = fmaxf(top, __shfl_xor_sync(LK_ALL, top, step));
@@ -219,26 +210,22 @@ __device__ __forceinline__ void take_logits(column_state<D, COLUMN_TILES> &w,
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; n++) {
 #pragma unroll
-        for (int g = 0; g < G; g++) {
-            float *y = x[g * COLUMN_TILES + n];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float m = w.m[n][i % 2];
-                y[i] = exp2_fast(y[i] - (m == -INFINITY ? 0.0f : m));
-            }
-#pragma unroll
-            for (int i = 0; i < 2; i++) w.l[n][i] += y[i] + y[i + 2];
-            operand[g * COLUMN_TILES + n][0] = transpose_8x8(pack2<T>(y[0], y[1]));
-            operand[g * COLUMN_TILES + n][1] = transpose_8x8(pack2<T>(y[2], y[3]));
+        for (int i = 0; i < 4; i++) {
+            const float m = w.m[n][i % 2];
+            x[n][i] = exp2_fast(x[n][i] - (m == -INFINITY ? 0.0f : m));
         }
+#pragma unroll
+        for (int i = 0; i < 2; i++) w.l[n][i] += x[n][i] + x[n][i + 2];
+        operand[n][0] = transpose_8x8(pack2<T>(x[n][0], x[n][1]));
+        operand[n][1] = transpose_8x8(pack2<T>(x[n][2], x[n][3]));
     }
 }
 
 /* o += V^T P of G groups; V of the next group stands 32 D bytes later. */
 template <typename T, int G, int D, int COLUMN_TILES>
-__device__ __forceinline__ void add_values(column_state<D, COLUMN_TILES> &w, const unsigned char *v,
-                                           const uint32_t (&operand)[G * COLUMN_TILES][2],
-                                           int lane) {
+__device__ __forceinline__ void
+add_values(float (&o)[COLUMN_TILES][D / 16][4], const unsigned char *v,
+           const uint32_t (&operand)[G * COLUMN_TILES][2], int lane) {
     v += 16 * lane;
 #pragma unroll
     for (int t = 0; t < D / 16; t++) {
@@ -247,7 +234,7 @@ __device__ __forceinline__ void add_values(column_state<D, COLUMN_TILES> &w, con
             const uint4 a = *reinterpret_cast<const uint4 *>(v + 512 * t + g * 32 * D);
 #pragma unroll
             for (int n = 0; n < COLUMN_TILES; n++)
-                mma_16<T>(w.o[n][t], a, operand[g * COLUMN_TILES + n][0],
+                mma_16<T>(o[n][t], a, operand[g * COLUMN_TILES + n][0],
                           operand[g * COLUMN_TILES + n][1]);
         }
     }
@@ -256,7 +243,7 @@ __device__ __forceinline__ void add_values(column_state<D, COLUMN_TILES> &w, con
 /* The same of one group, of which some tokens are attended to. first: the position of its first token.
  * V of others may hold anything, and 0 * NaN is NaN: such tokens are blanked. */
 template <typename T, int D, int COLUMN_TILES, typename Seen>
-__device__ __forceinline__ void add_some_values(column_state<D, COLUMN_TILES> &w,
+__device__ __forceinline__ void add_some_values(float (&o)[COLUMN_TILES][D / 16][4],
                                                 const unsigned char *v,
                                                 const uint32_t (&operand)[COLUMN_TILES][2],
                                                 int32_t first, const Seen &is_seen, int lane) {
@@ -273,8 +260,7 @@ __device__ __forceinline__ void add_some_values(column_state<D, COLUMN_TILES> &w
         a.z &= keep[1];
         a.w &= keep[1];
 #pragma unroll
-        for (int n = 0; n < COLUMN_TILES; n++)
-            mma_16<T>(w.o[n][t], a, operand[n][0], operand[n][1]);
+        for (int n = 0; n < COLUMN_TILES; n++) mma_16<T>(o[n][t], a, operand[n][0], operand[n][1]);
     }
 }
 

@@ -293,7 +293,7 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         sum_rows(s.row_base, p.layer.n_rows, lane);
         __syncwarp();
         cut = lk_cut_make(s.row_base[p.layer.n_rows], p.layer.n_rows * p.layer.n_heads, gridDim.x,
-                          D, LK_PLAN_HALVINGS);
+                          lk_whole_cost(D), LK_PLAN_HALVINGS);
         begin_chunk(blockIdx.x);
         prefetch(now, p.n_stages * smem::shape::GROUPS / 4);
     }

@@ -34,12 +34,15 @@ __device__ __forceinline__ void write_out(const decode_params &p, int32_t query,
     if (p.lse && d == 0) p.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * LK_LN_2;
 }
 
-/* Which of the queries [B, Hq, n_t] column `column` of a unit is; -1 past the last one. */
+/* Which of the queries [B, Hq, n_t] column `column` of a unit is; -1 past the last one. Columns are in the order of tokens,
+ * so that those of a unit see nearly the same keys. */
 __device__ __forceinline__ int32_t find_query(const decode_params &p, int32_t unit,
                                               int32_t column) {
-    if (p.column_blocks == 1) return unit * p.r + column;
+    if (p.n_t == 1) return unit * p.r + column;
     column += unit % p.column_blocks * p.r;
-    return column < p.n_columns ? unit / p.column_blocks * p.n_columns + column : -1;
+    if (column >= p.n_columns) return -1;
+    const int32_t r = p.n_columns / p.n_t;
+    return unit / p.column_blocks * p.n_columns + column % r * p.n_t + column / r;
 }
 
 /* Where in `states` the state of a chunk's part of a unit is. A chunk has at most two parts that are not whole units: one

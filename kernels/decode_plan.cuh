@@ -37,22 +37,27 @@ __device__ __forceinline__ void sum_rows(uint32_t *row_base, int32_t n, int lane
     }
 }
 
+/* One view per row; the twins of these two in span_shape.cuh have more. */
+__device__ __forceinline__ int32_t count_views(const decode_params &p) { return p.layer.n_rows; }
+
+__device__ __forceinline__ lk_unit make_unit(const decode_params &p, const row_view &view,
+                                             int32_t n_kept) {
+    return lk_unit_make(view.end, view.full_lo, p.layer.sink, n_kept, p.layer.head_dim);
+}
+
 /* What each row sees (view_row) and costs, by all threads of the block. row_base is 0 and becomes costs of rows, one place up:
  * the fetching warp sums them. Lengths may change while this runs: each is read once, so that costs agree with the views
  * that plan_holds checks. */
 template <typename Params, typename Smem>
 __device__ __forceinline__ void make_plan(const Params &p, Smem &s) {
-    const lk_cuda_layer &layer = p.layer;
-    const int32_t n_heads = layer.n_heads, n_units = layer.n_rows * n_heads;
-    for (int32_t b = threadIdx.x; b < layer.n_rows; b += blockDim.x) s.row[b] = view_row(p, b);
-    for (int32_t g = threadIdx.x; g < n_heads; g += blockDim.x) s.n_kept[g] = head_kept(layer, g);
+    const int32_t n_heads = p.layer.n_heads, n_views = count_views(p);
+    for (int32_t b = threadIdx.x; b < n_views; b += blockDim.x) s.row[b] = view_row(p, b);
+    for (int32_t g = threadIdx.x; g < n_heads; g += blockDim.x) s.n_kept[g] = head_kept(p.layer, g);
     __syncthreads();
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < n_units; i += blockDim.x) {
-        const row_view view = s.row[i / n_heads];
-        const lk_unit u =
-            lk_unit_make(view.end, view.full_lo, layer.sink, s.n_kept[i % n_heads], layer.head_dim);
-        atomicAdd(&s.row_base[i / n_heads + 1], lk_unit_cost(&u) * (uint32_t)p.column_blocks);
+    for (int32_t i = threadIdx.x; i < n_views * n_heads; i += blockDim.x) {
+        const lk_unit u = make_unit(p, s.row[i / n_heads], s.n_kept[i % n_heads]);
+        atomicAdd(&s.row_base[i / n_heads + 1], lk_unit_cost(&u));
     }
 }
 

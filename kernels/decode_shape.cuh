@@ -38,6 +38,9 @@ static __host__ __device__ __forceinline__ int32_t part_floats(int32_t r, int32_
     return (r * (2 + head_dim) + 3) / 4 * 4;
 }
 
+/* Floats that a block's parts of a span have: of two chunks, with two parts each of 256 columns at D 128, which are the most. */
+#define LK_SPAN_STATE_FLOATS ((size_t)(2 * 2) * 256 * (128 + 2))
+
 typedef struct {
     lk_cuda_layer layer;
     const void *q, *k, *v;
@@ -48,7 +51,7 @@ typedef struct {
     const float *sinks;
     int32_t n_q_heads, r, n_blocks, n_stages;
     /* Query columns. A unit has r of the n_columns of its (row, head), which has column_blocks such units; for one token per
-     * row they are the R query heads. Each head has n_t of them, and o_stride in o and lse. */
+     * row they are the R query heads. Each head has n_t of them, see find_query, and o_stride in o and lse. */
     int32_t n_columns, column_blocks, n_t, o_stride;
     float scale, softcap;
     /* The workspace:

@@ -129,7 +129,7 @@ __device__ __forceinline__ void add_kept(const warp_state<T, D, COLUMN_TILES> &w
         if (n_kept % 16 != 0)
             add_half_slot(w, n_kept / 16, 0, tiles + n_kept / 16 * 512, lane, logits);
     } else {
-        add_shared_kept<T, D, COLUMN_TILES, 1>(w.q_shared, n_kept, tiles, lane, logits);
+        add_shared_kept<T, D, COLUMN_TILES>(w.q_shared, n_kept, tiles, lane, logits);
     }
 }
 
@@ -162,7 +162,7 @@ take_middle(const decode_params &p, warp_state<T, D, COLUMN_TILES> &w, const uns
         v_early[t] = *reinterpret_cast<const uint4 *>(v + 512 * t + 16 * lane);
     scale_logits(p, x);
     uint32_t operand[COLUMN_TILES][2];
-    take_logits<T, 1, D, COLUMN_TILES>(w, x, operand);
+    take_logits<T, D, COLUMN_TILES>(w, x, operand);
 #pragma unroll
     for (int t = 0; t < D / 16; t++) {
         const uint4 a = t < N_EARLY ? v_early[t < N_EARLY ? t : 0]
@@ -205,11 +205,11 @@ take_whole(const decode_params &p, const decode_part &part, warp_state<T, D, COL
         for (int i = 0; i < 4; i++)
             if (hidden[i / 2]) x[n][i] = -INFINITY;
     uint32_t operand[COLUMN_TILES][2];
-    take_logits<T, 1, D, COLUMN_TILES>(w, x, operand);
+    take_logits<T, D, COLUMN_TILES>(w, x, operand);
     const auto is_seen = [&](int32_t j) {
         return j < part.end && (n_kept > 0 || j < sink || j >= part.full_lo);
     };
-    add_some_values<T>(w, v, operand, first, is_seen, lane);
+    add_some_values<T, D>(w.o, v, operand, first, is_seen, lane);
 }
 
 #endif

@@ -127,14 +127,18 @@ lk_status lk_cuda_append(const lk_cuda_append_args *args);
  *   q [B, Hq, T, D], k and v [B, Hkv, T, D], last axis contiguous; strides b, head, t in elements
  *   o [B, Hq, T, D] and lse [B, Hq, T] or NULL, contiguous, written in full
  *   valid [B, T] contiguous or NULL; sinks, softcap and alignment as in lk_cuda_attend
- *   position [B * (T + 1)] int32 scratch
- *   piece: columns that are stored and attend together, 1 to LK_CUDA_MOST_PIECE. More than one frees no channel that is
- *     needed only if they are at most slack + 1, and no row that has tokens is shorter than its prompt; a row without a
- *     token has its prompt in the first piece
+ *   position [B * T] int32 scratch
+ *   piece: columns that are stored and attend together, as lk_cuda_span_piece says or less. More than one frees no channel
+ *     that is needed only if no row that has tokens is shorter than its prompt; a row without a token has its prompt in the
+ *     first piece
+ *   scratch: as many bytes as lk_cuda_span_piece says, aligned to 128, in which the twins of a piece's tokens are while it
+ *     attends; NULL: pieces have at most min(slack + 1, LK_CUDA_MOST_PIECE) columns. twin_bytes as lk_cuda_geom gives it
  *   columns_before: as in lk_cuda_append
  *   work: lk_cuda_attend_work_bytes(LK_CUDA_MAX_HEAD_DIM, LK_CUDA_MAX_R, n_blocks), shared with lk_cuda_attend
- * Launches per piece: 4. LK_E_SHAPE as in lk_cuda_attend, before the first launch. */
+ * Launches per piece: 4, with scratch 6. LK_E_SHAPE as in lk_cuda_attend, before the first launch. */
 #define LK_CUDA_MOST_PIECE 64
+#define LK_CUDA_MOST_LONG_PIECE 2048
+#define LK_CUDA_MOST_SCRATCH_BYTES ((size_t)256 << 20)
 typedef struct {
     const lk_cuda_layer *layer;
     const void *q, *k, *v;
@@ -144,6 +148,8 @@ typedef struct {
     const uint8_t *valid;
     const float *sinks;
     int32_t *position;
+    void *scratch;
+    int64_t twin_bytes;
     int32_t n_q_heads, n_columns, piece, columns_before;
     float scale, softcap;
     void *work;
@@ -153,6 +159,12 @@ typedef struct {
 } lk_cuda_span_args;
 
 lk_status lk_cuda_span(const lk_cuda_span_args *args);
+
+/* The longest piece for a span of n_columns, and the bytes of scratch that it needs, 0 for none. LK_E_SHAPE: sizes that no
+ * kernel is built for. */
+lk_status lk_cuda_span_piece(const lk_cuda_layer *layer, int32_t n_q_heads, int32_t n_columns,
+                             int64_t twin_bytes, int32_t smem_bytes, int32_t *piece,
+                             size_t *scratch_bytes);
 
 /* Keep the first n_columns columns (at most what is stored); 0 makes every row empty, with a new prompt to come. */
 lk_status lk_cuda_crop(const lk_cuda_layer *layer, int32_t n_columns, void *stream,

@@ -45,7 +45,8 @@ int64_t lk_cuda_plan_parts(const int32_t *end, const int32_t *full_lo, int32_t n
             total += lk_unit_cost(&u);
         }
     }
-    const lk_cut cut = lk_cut_make(total, n_rows * n_heads, n_blocks, head_dim, LK_PLAN_HALVINGS);
+    const lk_cut cut =
+        lk_cut_make(total, n_rows * n_heads, n_blocks, lk_whole_cost(head_dim), LK_PLAN_HALVINGS);
     int64_t n = 0;
     for (int32_t chunk = 0; chunk < n_blocks * cut.n_chunks; chunk++) {
         const uint32_t first = lk_cut_begin(&cut, chunk), last = lk_cut_begin(&cut, chunk + 1);

@@ -31,6 +31,9 @@ typedef struct {
     int32_t is_void;
 } lk_unit;
 
+/* Cost of a whole tile: no tile has more. */
+LK_PLAN uint32_t lk_whole_cost(int32_t head_dim) { return (uint32_t)(2 * head_dim) / 8; }
+
 /* end: tokens j < end are visible; full_lo: from here on tokens are window; n_kept: Dk. */
 LK_PLAN lk_unit lk_unit_make(int32_t end, int32_t full_lo, int32_t sink, int32_t n_kept,
                              int32_t head_dim) {
@@ -45,7 +48,7 @@ LK_PLAN lk_unit lk_unit_make(int32_t end, int32_t full_lo, int32_t sink, int32_t
     u.tail_page = tail_page;
     u.tail_tile = n_kept > 0 ? tail_page : sink_pages;
     u.n_tiles = u.tail_tile + n_pages - tail_page;
-    u.whole_cost = (uint32_t)(2 * head_dim) / 8;
+    u.whole_cost = lk_whole_cost(head_dim);
     u.middle_cost = (uint32_t)(head_dim + n_kept) / 8;
     u.is_void = u.n_tiles == 0;
     if (u.is_void) {
@@ -97,9 +100,9 @@ typedef struct {
     int32_t n_blocks, n_halvings, n_chunks; /* chunks of a share */
 } lk_cut;
 
-/* A quantum is not less than the largest tile, so that every chunk between the first and the last of a unit has a tile
- * of it. */
-LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_units, int32_t n_blocks, int32_t head_dim,
+/* most_cost: of a tile. A quantum is not less, so that every chunk between the first and the last of a unit has a tile of
+ * it. */
+LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_units, int32_t n_blocks, uint32_t most_cost,
                            int32_t most_halvings) {
     lk_cut cut;
     cut.total = total;
@@ -112,8 +115,8 @@ LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_units, int32_t n_blocks, in
     uint32_t n_quanta = (uint32_t)n_blocks << cut.n_halvings;
     /* With one chunk per block, units that cost the same get as many whole chunks each. */
     if (cut.n_halvings == 0 && n_units < n_blocks) n_quanta -= (uint32_t)(n_blocks % n_units);
-    const uint32_t quantum = (total - 1) / n_quanta + 1, largest = (uint32_t)(2 * head_dim) / 8;
-    cut.quantum = quantum > largest ? quantum : largest;
+    const uint32_t quantum = (total - 1) / n_quanta + 1;
+    cut.quantum = quantum > most_cost ? quantum : most_cost;
     return cut;
 }
 

@@ -141,24 +141,25 @@ static PyObject *py_attend(PyObject *module, PyObject *args, PyObject *kwargs) {
 }
 
 static PyObject *py_span(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"layer",      "q",         "q_stride", "k",
-                            "k_stride",   "v",         "v_stride", "o",
-                            "lse",        "valid",     "sinks",    "position",
-                            "n_q_heads",  "n_columns", "piece",    "columns_before",
-                            "scale",      "softcap",   "work",     "n_blocks",
-                            "smem_bytes", "stream",    NULL};
+    static char *names[] = {
+        "layer",    "q",          "q_stride",  "k",         "k_stride",   "v",
+        "v_stride", "o",          "lse",       "valid",     "sinks",      "position",
+        "scratch",  "twin_bytes", "n_q_heads", "n_columns", "piece",      "columns_before",
+        "scale",    "softcap",    "work",      "n_blocks",  "smem_bytes", "stream",
+        NULL};
     PyObject *layer;
-    void *q, *k, *v, *o, *lse, *valid, *sinks, *position, *work, *stream;
-    long long q_stride[3], k_stride[3], v_stride[3];
+    void *q, *k, *v, *o, *lse, *valid, *sinks, *position, *scratch, *work, *stream;
+    long long q_stride[3], k_stride[3], v_stride[3], twin_bytes;
     lk_cuda_span_args a = {0};
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O!$O&(LLL)O&(LLL)O&(LLL)O&O&O&O&O&iiiiffO&iiO&:span", names,
+            args, kwargs, "O!$O&(LLL)O&(LLL)O&(LLL)O&O&O&O&O&O&LiiiiffO&iiO&:span", names,
             layer_type(module), &layer, py_to_address, &q, &q_stride[0], &q_stride[1], &q_stride[2],
             py_to_address, &k, &k_stride[0], &k_stride[1], &k_stride[2], py_to_address, &v,
             &v_stride[0], &v_stride[1], &v_stride[2], py_to_address, &o, py_to_address, &lse,
-            py_to_address, &valid, py_to_address, &sinks, py_to_address, &position, &a.n_q_heads,
-            &a.n_columns, &a.piece, &a.columns_before, &a.scale, &a.softcap, py_to_address, &work,
-            &a.n_blocks, &a.smem_bytes, py_to_address, &stream))
+            py_to_address, &valid, py_to_address, &sinks, py_to_address, &position, py_to_address,
+            &scratch, &twin_bytes, &a.n_q_heads, &a.n_columns, &a.piece, &a.columns_before,
+            &a.scale, &a.softcap, py_to_address, &work, &a.n_blocks, &a.smem_bytes, py_to_address,
+            &stream))
         return NULL;
     int32_t cuda_error = 0;
     a.layer = &((py_layer *)layer)->layer;
@@ -175,12 +176,31 @@ static PyObject *py_span(PyObject *module, PyObject *args, PyObject *kwargs) {
     a.valid = valid;
     a.sinks = sinks;
     a.position = position;
+    a.scratch = scratch;
+    a.twin_bytes = twin_bytes;
     a.work = work;
     a.stream = stream;
     a.cuda_error = &cuda_error;
     const lk_status status = lk_cuda_span(&a);
     if (status == LK_E_SHAPE) return raise_no_room(a.layer, a.n_q_heads, a.smem_bytes);
     return py_done_or_raise(status, "span", cuda_error);
+}
+
+static PyObject *py_span_piece(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"layer", "n_q_heads", "n_columns", "twin_bytes", "smem_bytes", NULL};
+    PyObject *layer;
+    int n_q_heads, n_columns, smem_bytes;
+    long long twin_bytes;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!$iiLi:span_piece", names, layer_type(module),
+                                     &layer, &n_q_heads, &n_columns, &twin_bytes, &smem_bytes))
+        return NULL;
+    const lk_cuda_layer *to = &((py_layer *)layer)->layer;
+    int32_t piece;
+    size_t scratch_bytes;
+    const lk_status status = lk_cuda_span_piece(to, n_q_heads, n_columns, twin_bytes, smem_bytes,
+                                                &piece, &scratch_bytes);
+    if (status != LK_OK) return py_done_or_raise(status, "span_piece", 0);
+    return Py_BuildValue("(in)", piece, (Py_ssize_t)scratch_bytes);
 }
 
 static PyObject *py_append(PyObject *module, PyObject *args, PyObject *kwargs) {
@@ -374,6 +394,7 @@ static PyObject *py_built(PyObject *module, PyObject *unused) {
 static PyMethodDef methods[] = {
     {"attend", (PyCFunction)(void (*)(void))py_attend, METH_VARARGS | METH_KEYWORDS, "One step: see lk_cuda_attend."},
     {"span", (PyCFunction)(void (*)(void))py_span, METH_VARARGS | METH_KEYWORDS, "Append columns and attend with them: see lk_cuda_span."},
+    {"span_piece", (PyCFunction)(void (*)(void))py_span_piece, METH_VARARGS | METH_KEYWORDS, "Columns of a piece, and bytes of scratch: see lk_cuda_span_piece."},
     {"append", (PyCFunction)(void (*)(void))py_append, METH_VARARGS | METH_KEYWORDS, "Append columns: see lk_cuda_append."},
     {"crop", py_crop, METH_VARARGS, "crop(layer, n_columns, stream)"},
     {"gather", py_gather, METH_VARARGS, "gather(layer, row, n_tokens, k, v, stream)"},

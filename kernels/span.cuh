@@ -5,17 +5,20 @@
  * of them share the tokens of a tile, the others have other tokens, and their states are merged when the part ends.
  *
  * A part's tiles come in segments: the sink's, those between, those of the window, since tiles of one kind have one size. Of a
- * segment's tiles as many are in the ring as it has room for; the warp that is the last to be done with a tile asks for the
- * next one in its place, so that no warp waits to fetch. */
+ * segment's tiles as many are in the ring as it has room for. The warps take turns with asking for the next one, in the place of
+ * a tile with which all are done by then, so that hardly ever one waits for others. */
 #ifndef LEANK_SPAN_CUH
 #define LEANK_SPAN_CUH
 
-#include "columns.cuh"
 #include "decode_fetch.cuh"
 #include "decode_merge.cuh"
 #include "span_shape.cuh"
+#include "span_tile.cuh"
 
 /* --------------------------------------------------------------------------------------------------- parts */
+
+/* Shares are cut in two, not more: a block has to get ready for each part. */
+#define LK_SPAN_HALVINGS 1
 
 template <typename T, int D>
 __device__ __forceinline__ void open_chunk(const span_params &p, const span_smem<T, D> &s) {
@@ -24,15 +27,15 @@ __device__ __forceinline__ void open_chunk(const span_params &p, const span_smem
     const int32_t chunk = at.taken < n_chunks ? lk_cut_chunk_taken(&at.cut, at.taken) : n_chunks;
     at.begin = lk_cut_begin(&at.cut, chunk);
     at.end = at.taken < n_chunks ? lk_cut_begin(&at.cut, chunk + 1) : at.begin;
-    /* The last row that begins at or before `begin`: row_base[low] <= begin < row_base[high], if anywhere. */
-    int32_t low = 0, high = p.layer.n_rows;
+    /* The last view that begins at or before `begin`: row_base[low] <= begin < row_base[high], if anywhere. */
+    int32_t low = 0, high = count_views(p);
     while (high - low > 1) {
         const int32_t middle = (low + high) / 2;
         if (s.row_base[middle] <= at.begin) low = middle;
         else high = middle;
     }
-    at.row = low;
-    at.unit = 0;
+    at.view = low;
+    at.head = 0;
     at.base = s.row_base[low];
     s.part->chunk = chunk;
 }
@@ -43,24 +46,27 @@ __device__ __forceinline__ void next_part(const span_params &p, const span_smem<
     span_cursor &at = *s.cursor;
     span_part &part = *s.part;
     for (;;) {
-        while (at.row < p.layer.n_rows && at.base < at.end) {
-            const int32_t head = at.unit / p.column_blocks, block = at.unit % p.column_blocks;
-            const row_view view = s.row[at.row];
-            const lk_unit u = lk_unit_make(view.end, view.full_lo, p.layer.sink, s.n_kept[head], D);
-            part.row = at.row;
-            part.head = head;
-            part.block = block;
+        while (at.view < count_views(p) && at.base < at.end) {
+            const row_view view = s.row[at.view];
+            const lk_unit u = make_unit(p, view, s.n_kept[at.head]);
+            part.row = at.view / p.column_blocks;
+            part.block = at.view % p.column_blocks;
+            part.head = at.head;
+            part.view = view;
             part.tile_begin = lk_unit_first_tile(&u, at.base, at.begin);
             part.tile_end = lk_unit_first_tile(&u, at.base, at.end);
             part.ends = part.tile_end == u.n_tiles;
-            part.end = view.end;
-            part.full_lo = view.full_lo;
             at.base += lk_unit_cost(&u);
-            if (++at.unit == p.layer.n_heads * p.column_blocks) {
-                at.unit = 0;
-                at.row++;
+            const int32_t i = at.view;
+            if (++at.head == p.layer.n_heads) {
+                at.head = 0;
+                at.view++;
             }
-            if (part.tile_begin < part.tile_end) return;
+            if (part.tile_begin == part.tile_end) continue;
+            part.seen = first_of_view(p, i) + 1;
+            part.whole_from = full_lo_of(p.layer, state_lo(p.layer)[part.row],
+                                         state_n0(p.layer)[part.row], view.end - 1);
+            return;
         }
         if (at.taken >= at.cut.n_blocks * at.cut.n_chunks) break;
         at.taken = at.cut.n_chunks > 1 ? (int32_t)gridDim.x + atomicAdd(p.n_taken, 1)
@@ -76,12 +82,13 @@ __device__ __forceinline__ void load_columns(const span_params &p, const span_sm
                                              const span_part &part) {
     using shape = span_shape<D>;
     const lk_cuda_layer &layer = p.layer;
+    const int32_t r = p.n_columns / p.n_t;
     const int32_t first = part.block * p.r, n_columns = min(p.r, p.n_columns - first);
     const int32_t n_loaded = p.column_warps * shape::WARP_COLUMNS;
     const int32_t *position = p.position + (int64_t)part.row * p.position_stride;
     const int32_t lo = state_lo(layer)[part.row], n0 = state_n0(layer)[part.row];
     for (int32_t c = threadIdx.x; c < n_loaded; c += shape::THREADS) {
-        const int32_t at = c < n_columns ? position[(first + c) % p.n_t] : -1;
+        const int32_t at = c < n_columns ? position[(first + c) / r] : -1;
         s.position[c] = at;
         s.window_from[c] = full_lo_of(layer, lo, n0, at);
     }
@@ -92,17 +99,16 @@ __device__ __forceinline__ void load_columns(const span_params &p, const span_sm
 #pragma unroll 4
     for (int32_t i = threadIdx.x; i < n_columns * (D / 8); i += shape::THREADS) {
         const int32_t c = i / (D / 8), word = i % (D / 8);
-        const int32_t h = part.head * (p.n_q_heads / layer.n_heads) + (first + c) / p.n_t;
-        const int32_t t = (first + c) % p.n_t;
+        const int32_t h = part.head * r + (first + c) % r, t = (first + c) / r;
         uint4 x = make_uint4(0, 0, 0, 0); /* padding may hold anything */
         if (position[t] >= 0)
             x = *reinterpret_cast<const uint4 *>(q + h * p.q_stride[1] + t * p.q_t + word * 8);
         *reinterpret_cast<uint4 *>(rows + c * shape::Q_STRIDE + word * 8) = x;
     }
     __syncthreads();
-    make_q_operand<D>(reinterpret_cast<const uint16_t *>(rows), shape::Q_STRIDE, s.order, n_columns,
-                      p.column_warps * shape::COLUMN_TILES, s.n_kept[part.head], s.q_operand,
-                      threadIdx.x, shape::THREADS);
+    make_q_rows<D>(reinterpret_cast<const uint16_t *>(rows), shape::Q_STRIDE, s.order, n_columns,
+                   p.column_warps * shape::TILES, s.n_kept[part.head], s.q_operand, threadIdx.x,
+                   shape::THREADS);
 }
 
 /* ---------------------------------------------------------------------------------------------------- tiles */
@@ -166,88 +172,88 @@ __device__ __forceinline__ void fetch_tile(const span_smem<T, D> &s, const span_
 #endif
 }
 
-/* This warp is done with tile i in `slot`; the last one asks for the tile that comes there next. */
+/* This warp is done with tile i of the segment. Now it may be its turn to ask for the tile that comes in the place of an earlier
+ * one: half of the ring earlier, so that the other warps are done with it too. phases: of the slots, with that of tile i over. */
 template <typename T, int D>
 __device__ __forceinline__ void release_tile(const span_smem<T, D> &s, const span_segment &segment,
-                                             int32_t i, int32_t slot, uint32_t phase, int lane) {
+                                             int32_t i, int32_t slot, uint32_t phases, int warp,
+                                             int lane) {
     __syncwarp();
-    uint32_t n_before = 0;
-    if (lane == 0) {
-        barrier_arrive(&s.empty[slot]);
-        n_before = atomicAdd(&s.released[slot], 1u);
-    }
-    n_before = __shfl_sync(LK_ALL, n_before, 0);
-    const int32_t next = i + segment.n_slots;
-    if ((n_before + 1) % span_shape<D>::WARPS != 0 || next >= segment.n) return;
-    warp_wait(&s.empty[slot], phase, lane); /* is over: that what they read was read */
+    if (lane == 0) barrier_arrive(&s.empty[slot]);
+    const int32_t earlier = segment.n_slots / 2, next = i - earlier + segment.n_slots;
+    if (i % span_shape<D>::WARPS != warp || i < earlier || next >= segment.n) return;
+    slot -= earlier;
+    if (slot < 0) slot += segment.n_slots;
+    /* When the phase is over, what they read was read. */
+    warp_wait(&s.empty[slot], (phases >> slot & 1) ^ 1, lane);
     fetch_tile(s, segment, next, slot, lane);
 }
 
-/* Take two groups of 16 tokens that are middle for every query. */
+/* Take two groups of 16 tokens that every query sees: as window, or without dropped_k as middle. */
 template <typename T, int D>
-__device__ __forceinline__ void take_middle_pair(const span_params &p,
-                                                 column_state<D, span_shape<D>::COLUMN_TILES> &w,
-                                                 const uint32_t *q, const unsigned char *kept_k,
-                                                 const unsigned char *v, int32_t n_kept, int lane) {
-    constexpr int N = span_shape<D>::COLUMN_TILES;
-    float x[2 * N][4] = {};
-    add_shared_kept<T, D, N, 2>(q, n_kept, kept_k, lane, x);
-    scale_logits(p, x);
-    uint32_t operand[2 * N][2];
-    take_logits<T, 2, D, N>(w, x, operand);
-    add_values<T, 2, D, N>(w, v, operand, lane);
+__device__ __forceinline__ void
+take_seen_pair(const span_params &p, query_state<D, span_shape<D>::TILES> &w, const uint32_t *q,
+               const unsigned char *kept_k, const unsigned char *dropped_k, const unsigned char *v,
+               int32_t n_kept, int lane) {
+    constexpr int N = span_shape<D>::TILES;
+    float x[4 * N][4] = {};
+    add_row_kept<T, D, N, 2>(q, n_kept, kept_k, lane, x);
+    if (dropped_k) add_row_dropped<T, D, N, 2>(q, n_kept, dropped_k, lane, x);
+    uint32_t operand[4 * N][2];
+    take_rows<T, 2>(w, scale_rows(p, x), x, operand, lane);
+    add_values<T, 2, D>(w.o, v, operand, lane);
 }
 
-/* Take 16 tokens of a whole tile: each query sees those up to its own, as window or as middle. first: the position of the first
+/* Take 16 tokens of a whole tile: each query sees some of them, as window or as middle. first: the position of the first
  * of them, some query sees it. position, window_from: of this warp's columns. */
 template <typename T, int D>
 __device__ __forceinline__ void
 take_whole_group(const span_params &p, const span_part &part,
-                 column_state<D, span_shape<D>::COLUMN_TILES> &w, const uint32_t *q,
+                 query_state<D, span_shape<D>::TILES> &w, const uint32_t *q,
                  const int32_t *position, const int32_t *window_from, const unsigned char *kept_k,
                  const unsigned char *dropped_k, const unsigned char *v, int32_t first,
                  int32_t n_kept, int lane) {
-    constexpr int N = span_shape<D>::COLUMN_TILES;
-    const int32_t sink = p.layer.sink;
-    float kept[N][4] = {}, x[N][4];
-    add_shared_kept<T, D, N, 1>(q, n_kept, kept_k, lane, kept);
+    constexpr int N = span_shape<D>::TILES;
+    const int32_t sink = p.layer.sink, token = first + 2 * (lane % 4);
+    float kept[2 * N][4] = {}, x[2 * N][4];
+    add_row_kept<T, D, N, 1>(q, n_kept, kept_k, lane, kept);
 #pragma unroll
-    for (int n = 0; n < N; n++)
+    for (int n = 0; n < 2 * N; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) x[n][i] = kept[n][i];
-    add_shared_dropped<T, D, N>(q, n_kept, dropped_k, lane, x);
+    add_row_dropped<T, D, N, 1>(q, n_kept, dropped_k, lane, x);
     uint32_t hidden = 0; /* a bit for each logit */
 #pragma unroll
-    for (int n = 0; n < N; n++) {
+    for (int n = 0; n < 2 * N; n++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int32_t column = 8 * n + 2 * (lane % 4) + i % 2;
-            const int32_t j = first + lane / 4 + 8 * (i / 2);
+            const int32_t column = 16 * (n % N) + lane / 4 + 8 * (i / 2);
+            const int32_t j = token + 8 * (n / N) + i % 2;
             const bool middle = j >= sink && j < window_from[column];
             if (middle) x[n][i] = kept[n][i];
             if (j > position[column] || (middle && n_kept == 0)) hidden |= 1u << (4 * n + i);
         }
     }
-    scale_logits(p, x);
+    const float scale = scale_rows(p, x);
 #pragma unroll
-    for (int n = 0; n < N; n++)
+    for (int n = 0; n < 2 * N; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (hidden >> (4 * n + i) & 1) x[n][i] = -INFINITY;
-    uint32_t operand[N][2];
-    take_logits<T, 1, D, N>(w, x, operand);
+    uint32_t operand[2 * N][2];
+    take_rows<T, 1>(w, scale, x, operand, lane);
     /* By some query. */
     const auto is_seen = [&](int32_t j) {
-        return j < part.end && (n_kept > 0 || j < sink || j >= part.full_lo);
+        return j < part.view.end && (n_kept > 0 || j < sink || j >= part.view.full_lo);
     };
-    add_some_values<T>(w, v, operand, first, is_seen, lane);
+    add_some_values<T, D>(w.o, v, operand, first, is_seen, lane);
 }
 
 /* What this warp has to do with a tile: its tokens are those of pairs [pair, pair_end) of groups. */
 template <typename T, int D>
 __device__ __forceinline__ void
 take_pairs(const span_params &p, const span_smem<T, D> &s, const span_part &part,
-           column_state<D, span_shape<D>::COLUMN_TILES> &w, int32_t column_warp, bool whole,
+           query_state<D, span_shape<D>::TILES> &w, int32_t column_warp, bool whole,
            const unsigned char *stage, int32_t page, int32_t pair, int32_t pair_end, int32_t n_kept,
            int lane) {
     using shape = span_shape<D>;
@@ -256,33 +262,34 @@ take_pairs(const span_params &p, const span_smem<T, D> &s, const span_part &part
 #pragma unroll 1
     for (; pair < pair_end; pair++) {
         const unsigned char *kept_k = stage + 64 * pair * n_kept;
+        const unsigned char *dropped_k = stage + layout.dropped + 64 * pair * (D - n_kept);
         const unsigned char *v = stage + layout.v + 64 * pair * D;
-        if (!whole) {
-            take_middle_pair<T, D>(p, w, q, kept_k, v, n_kept, lane);
+        const int32_t first = page * LK_PAGE_TOKENS + 32 * pair, end = first + 32;
+        const bool is_window = end <= p.layer.sink || first >= part.whole_from;
+        if (!whole || (is_window && end <= part.seen)) {
+            take_seen_pair<T, D>(p, w, q, kept_k, whole ? dropped_k : NULL, v, n_kept, lane);
             continue;
         }
         const int32_t column = column_warp * shape::WARP_COLUMNS;
 #pragma unroll 1
-        for (int32_t group = 2 * pair; group < 2 * pair + 2; group++) {
-            const int32_t first = page * LK_PAGE_TOKENS + 16 * group;
-            if (first >= part.end) break;
+        for (int32_t g = 0; g < 2 && first + 16 * g < part.view.end; g++)
             take_whole_group<T, D>(p, part, w, q, s.position + column, s.window_from + column,
-                                   stage + 32 * group * n_kept,
-                                   stage + layout.dropped + 32 * group * (D - n_kept),
-                                   stage + layout.v + 32 * group * D, first, n_kept, lane);
-        }
+                                   kept_k + 32 * g * n_kept, dropped_k + 32 * g * (D - n_kept),
+                                   v + 32 * g * D, first + 16 * g, n_kept, lane);
     }
 }
 
 /* --------------------------------------------------------------------------------------------------- results */
 
-/* The states of the warps that share columns become one, a column tile at a time: the unit's result, or a state that
+/* The states of the warps that share columns become one, 8 columns of each at a time: the unit's result, or a state that
  * combine.cu merges with those of the unit's other parts. By all threads. */
 template <typename T, int D>
 __device__ __forceinline__ void
 finish_part(const span_params &p, const span_smem<T, D> &s, const span_part &part,
-            column_state<D, span_shape<D>::COLUMN_TILES> &w, int warp, int lane) {
+            query_state<D, span_shape<D>::TILES> &w, int warp, int lane) {
     using shape = span_shape<D>;
+    static_assert(2 * 2 * shape::WARPS * shape::WARP_COLUMNS * (D + 2) <= LK_SPAN_STATE_FLOATS,
+                  "the workspace has room for two parts of each of two chunks");
     const bool begins = part.tile_begin == 0;
     const int32_t unit = (part.row * p.layer.n_heads + part.head) * p.column_blocks + part.block;
     const int32_t n_columns = min(p.r, p.n_columns - part.block * p.r);
@@ -294,8 +301,8 @@ finish_part(const span_params &p, const span_smem<T, D> &s, const span_part &par
     const int32_t step = p.column_warps * 8 * LK_STATE_FLOATS(D);
     __syncthreads(); /* the ring is not read any more */
 #pragma unroll
-    for (int n = 0; n < shape::COLUMN_TILES; n++) {
-        w.put(n, states + warp * 8 * LK_STATE_FLOATS(D), 8, lane);
+    for (int n = 0; n < 2 * shape::TILES; n++) {
+        w.put(n, states + warp * 8 * LK_STATE_FLOATS(D), lane);
         __syncthreads();
 #pragma unroll 1
         for (int32_t i = threadIdx.x; i < p.column_warps * 8 * (D / 4); i += shape::THREADS) {
@@ -329,17 +336,17 @@ __global__ void __launch_bounds__(span_shape<D>::THREADS, 1)
     __syncthreads();
     make_plan(p, s);
     __syncthreads();
-    if (warp == 0) sum_rows(s.row_base, p.layer.n_rows, lane);
+    if (warp == 0) sum_rows(s.row_base, count_views(p), lane);
     __syncthreads();
     if (threadIdx.x == 0) {
         const int32_t n_units = p.layer.n_rows * p.layer.n_heads * p.column_blocks;
-        s.cursor->cut =
-            lk_cut_make(s.row_base[p.layer.n_rows], n_units, gridDim.x, D, p.most_halvings);
+        s.cursor->cut = lk_cut_make(s.row_base[count_views(p)], n_units, gridDim.x,
+                                    lk_whole_cost(D) + p.tile_cost, LK_SPAN_HALVINGS);
         s.cursor->taken = (int32_t)blockIdx.x;
         open_chunk(p, s);
     }
 
-    column_state<D, shape::COLUMN_TILES> w;
+    query_state<D, shape::TILES> w;
     uint32_t phases = 0; /* of the slots' barriers, a bit each */
 #pragma unroll 1
     for (;;) {
@@ -348,7 +355,7 @@ __global__ void __launch_bounds__(span_shape<D>::THREADS, 1)
         const span_part part = *s.part;
         if (part.row < 0) return;
         const int32_t n_kept = s.n_kept[part.head];
-        const lk_unit u = lk_unit_make(part.end, part.full_lo, p.layer.sink, n_kept, D);
+        const lk_unit u = make_unit(p, part.view, n_kept);
         load_columns(p, s, part);
         fence_bulk(); /* what the ring held is overwritten by bulk copies */
         w.clear();
@@ -365,8 +372,7 @@ __global__ void __launch_bounds__(span_shape<D>::THREADS, 1)
             int32_t slot = 0;
 #pragma unroll 1
             for (int32_t i = 0; i < segment.n; i++) {
-                const uint32_t phase = phases >> slot & 1;
-                barrier_wait(&s.full[slot], phase);
+                barrier_wait(&s.full[slot], phases >> slot & 1);
                 /* Two pairs for each of the warps that share columns, or one each in turn. */
                 int32_t pair = 0, pair_end = 2;
                 if (token_warps > 1) {
@@ -377,8 +383,8 @@ __global__ void __launch_bounds__(span_shape<D>::THREADS, 1)
                     take_pairs(p, s, part, w, column_warp, segment.whole,
                                s.ring + slot * segment.slot_bytes, lk_unit_page(&u, tile + i), pair,
                                pair_end, n_kept, lane);
-                release_tile(s, segment, i, slot, phase, lane);
                 phases ^= 1u << slot;
+                release_tile(s, segment, i, slot, phases, warp, lane);
                 if (++slot == segment.n_slots) slot = 0;
             }
             tile += segment.n;

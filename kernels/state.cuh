@@ -21,6 +21,11 @@ __device__ __forceinline__ int32_t full_lo_of(const lk_cuda_layer &layer, int32_
     return position < n0 ? from : max(from, position + 1 - layer.recent);
 }
 
+/* Tokens of a row before a column, by the column's position; see place_kernel. */
+__device__ __forceinline__ int32_t tokens_before(int32_t position) {
+    return position >= 0 ? position : -1 - position;
+}
+
 /* lo of a row that has grown to len; the twin of lk_settled_lo. */
 __device__ __forceinline__ int32_t settled_lo(const lk_cuda_layer &layer, int32_t lo, int32_t len) {
     const int32_t old = max(0, len - layer.recent - layer.slack);

@@ -73,6 +73,8 @@ def span(
     valid: int | None,
     sinks: int | None,
     position: int,
+    scratch: int | None,
+    twin_bytes: int,
     n_q_heads: int,
     n_columns: int,
     piece: int,
@@ -84,6 +86,9 @@ def span(
     smem_bytes: int,
     stream: int,
 ) -> None: ...
+def span_piece(
+    layer: Layer, *, n_q_heads: int, n_columns: int, twin_bytes: int, smem_bytes: int
+) -> tuple[int, int]: ...
 def append(
     layer: Layer,
     *,

@@ -198,15 +198,26 @@ def launch_span(
     softcap: float,
     return_lse: bool,
     columns_before: int,
-    piece: int,
+    most: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Store columns, `piece` at a time, and attend with them: arguments were checked."""
+    """Store columns, at most `most` at a time, and attend with them: arguments were checked."""
     q_at, q_stride = _rows("q", q, 3)
     n_rows, n_q_heads, n_columns, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
-    position = torch.empty(n_rows * (n_columns + 1), dtype=torch.int32, device=q.device)
+    position = torch.empty(n_rows * n_columns, dtype=torch.int32, device=q.device)
     info = _device_info(q.device.index)
+    piece, n_bytes, twin_bytes = most, 0, cache._item_bytes[1]
+    if most is None:
+        piece, n_bytes = _cuda.span_piece(
+            cache._layer,
+            n_q_heads=n_q_heads,
+            n_columns=n_columns,
+            twin_bytes=twin_bytes,
+            smem_bytes=info["smem_bytes"],
+        )
+    # It may be gone before the kernels ran: what gets its memory next comes after them.
+    scratch = torch.empty(n_bytes, dtype=torch.uint8, device=q.device) if n_bytes else None
     with torch.cuda.device(q.device):
         _cuda.span(
             cache._layer,
@@ -221,6 +232,8 @@ def launch_span(
             valid=_pointer(valid),
             sinks=_pointer(sinks),
             position=position.data_ptr(),
+            scratch=_pointer(scratch),
+            twin_bytes=twin_bytes,
             n_q_heads=n_q_heads,
             n_columns=n_columns,
             piece=piece,

@@ -468,19 +468,19 @@ class LayerCache:
             raise RuntimeError(
                 f"q: expected one column in a step that is compiled or captured, got {n_columns}"
             )
-        before, piece = self._count(n_columns), self._piece_columns(n_columns)
-        out = launch_span(self, q, k, v, valid, sinks, scale, softcap, return_lse, before, piece)
+        before, most = self._count(n_columns), self._most_columns(n_columns)
+        out = launch_span(self, q, k, v, valid, sinks, scale, softcap, return_lse, before, most)
         self._columns, self.is_empty = before + n_columns, False
         return out
 
-    def _piece_columns(self, n_columns: int) -> int:
-        """Columns of a call that are stored before they attend; may wait for the device.
+    def _most_columns(self, n_columns: int) -> int | None:
+        """Columns of a call that may be stored before they attend, None: any; may wait.
 
         Storing so many frees no channel that one of them needs.
         """
-        most = min(self.slack + 1, _cuda.MOST_PIECE)
         if self._prompt_end is not None:
-            return most
+            return None
+        most = min(self.slack + 1, _cuda.MOST_PIECE)
         lengths, _, n0 = self._state[_cuda.STATE_HEADER :].view(3, -1).cpu()
         is_open = n0 == _cuda.STATE_OPEN
         # After a crop into a prompt, queries inside of it see whole what a longer piece would free.
@@ -493,9 +493,10 @@ class LayerCache:
                 f"k: expected at most {most} columns because row {row} has no token yet, and all "
                 f"of its prompt is in this call, got {n_columns}"
             )
-        if not (is_open | is_cut).any():
-            self._prompt_end = self.n_columns
-        return most
+        if (is_open | is_cut).any():
+            return most
+        self._prompt_end = self.n_columns
+        return None
 
     # --------------------------------------------------------------------------------------- checks
 
@@ -626,6 +627,9 @@ def decode(
     Notes
     -----
     Caches of one device share a workspace: use them on one stream at a time.
+
+    A call of more than min(slack + 1, 64) columns takes memory while it runs, for the dropped
+    channels of its tokens: at most 256 MiB.
 
     Source: LeanK, arXiv 2508.02215, section 3; online softmax, Milakov 2018.
     """

@@ -178,8 +178,9 @@ def _attend_row(layer, b, p, q, sinks, scale, softcap, out, lse):
         lse[h] = total
 
 
-def _launch_span(cache, q, k, v, valid, sinks, scale, softcap, return_lse, columns_before, piece):
-    """As span.cu: a piece is stored before it attends."""
+def _launch_span(cache, q, k, v, valid, sinks, scale, softcap, return_lse, columns_before, most):
+    """As span.cu without scratch: a piece is stored before it attends."""
+    piece = most or min(cache.slack + 1, 64)
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full(q.shape[:3], -math.inf)
     layer = cache._layer

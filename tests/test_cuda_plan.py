@@ -99,6 +99,43 @@ def test_shares_are_equal_and_begin_with_a_quarter():
     assert cost[:, -4:].max() < share / 32 + 32
 
 
+def piece_of(n_columns, **options):
+    """Columns that a span stores before they attend, and the scratch that it takes."""
+    addresses = {name: 0 for name in ("page", "twin", "state", "real", "geom")}
+    shape = {
+        "table_stride": 513,
+        "real_stride": 32832,
+        "dtype": "bfloat16",
+        "n_rows": 1,
+        "n_heads": 8,
+        "head_dim": 128,
+        "sink": 128,
+        "recent": 896,
+        "slack": 64,
+        "max_tokens": 32832,
+    }
+    sizes = {"n_q_heads": 32, "twin_bytes": 90112, "smem_bytes": 232448}
+    sizes |= {name: x for name, x in options.items() if name in sizes}
+    shape |= {name: x for name, x in options.items() if name in shape}
+    return _cuda.span_piece(_cuda.Layer(**addresses, **shape), n_columns=n_columns, **sizes)
+
+
+def test_pieces_have_scratch_only_where_slack_is_too_short():
+    table = 33 * 128  # 513 addresses
+    assert piece_of(64) == (64, 0) and piece_of(20, slack=19) == (20, 0)
+    assert piece_of(21, slack=19) == (21, table + 2 * 90112)
+    assert piece_of(65) == (65, table + 3 * 90112)
+    assert piece_of(2048) == piece_of(9000) == (2048, table + 33 * 90112)
+    assert piece_of(2048, twin_bytes=0) == (2048, table)
+
+
+@pytest.mark.parametrize("n_rows", [100, 1000, 3000])
+def test_pieces_of_many_rows_are_shorter(n_rows):
+    piece, scratch = piece_of(2048, n_rows=n_rows)
+    assert piece < 2048 and scratch <= 256 * 2**20
+    assert scratch == 0 or piece > 64
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="one end and full_lo per row"):
         plan([1, 2], [0], [8], 64, 0, 1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from leank import LayerCache
 from leank import decode as cpu_decode
 
-from .compare import assert_within_budget
+from .compare import assert_within_budget, truth_and_plain
 from .compare import decode as widen
 from .conftest import draw, left_padded, random_keep
 from .cuda_tools import assert_same_contents, make, needs_gpu, to_coded, to_gpu, torch
@@ -94,6 +94,34 @@ CASES = {
         "widths": (0, 8),
         "steps": (("append", tuple(range(1, 400, 3))), ("decode", (3,) * 133)),
     },
+    # More than slack allows in the ring of twins: these are elsewhere while the call attends.
+    "long_turns": {
+        "steps": (
+            ("append", (200, 70)),
+            ("decode", (300, 131)),
+            ("decode", (1, 1)),
+            ("decode", (130, 22)),
+            ("crop", 610),
+            ("decode", (90, 90)),
+            ("crop", 600),
+            ("decode", (5, 5)),
+        )
+    },
+    "long_turns_in_the_sink": {
+        "window": (300, 40, 0),
+        "steps": (("append", (3, 130)), ("decode", (200, 70)), ("decode", (200, 200))),
+    },
+    "long_turns_select": {
+        "window": (10, 40, 7),
+        "steps": (
+            ("append", (150, 90, 270)),
+            ("decode", (70, 9, 0)),
+            ("select", (2, 0, 0)),
+            ("decode", (130, 1, 64)),
+            ("select", (1, 2)),
+            ("decode", (33, 90)),
+        ),
+    },
     "capped": {"softcap": 1.5, "steps": TURNS},
     "sinks": {"sinks": 3.0, "steps": TURNS},
     "capped_sinks_D256": {"D": 256, "softcap": 5.0, "sinks": 3.0, "R": 9, "steps": TURNS},
@@ -177,7 +205,9 @@ def test_span_equals_rule(name, dtype):
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 7])
-@pytest.mark.parametrize("name", ["long", "padded", "many_columns", "D256", "D256_R8"])
+@pytest.mark.parametrize(
+    "name", ["long", "padded", "many_columns", "D256", "D256_R8", "long_turns"]
+)
 def test_few_blocks(monkeypatch, name, n_blocks):
     """Few blocks have many parts each, one after the other."""
     _cuda_ops.workspace(0)  # is kept, and has to be that of the real device
@@ -193,6 +223,54 @@ def test_little_shared_memory(monkeypatch, name):
     monkeypatch.setattr(_cuda_ops, "_device_info", lambda device: info)
     steps = tuple(x for x in (DEFAULT | CASES[name])["steps"] if max(x[1]) > 1)
     run_steps(DEFAULT | CASES[name] | {"steps": steps}, len(name), "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["long_turns", "long_turns_in_the_sink", "long_turns_select"])
+@pytest.mark.parametrize("most", [1, 64, 100])
+def test_pieces_of_a_long_call(monkeypatch, name, most):
+    """As where many rows leave little scratch for each: pieces that are not all of the call."""
+    plan = _cuda_ops._cuda.span_piece
+
+    def shorter(layer, **sizes):
+        piece, n_bytes = plan(layer, **sizes)
+        return min(piece, most), n_bytes
+
+    monkeypatch.setattr(_cuda_ops._cuda, "span_piece", shorter)
+    run_steps(DEFAULT | CASES[name], len(name), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_turn_of_3000(dtype):
+    """Two pieces, of which some queries are compared: the truth takes long."""
+    from leank.cuda import decode
+
+    rng, window = np.random.default_rng(3), {"sink": 64, "recent": 128, "slack": 64}
+    keep = random_keep(rng, 128, (0, 40))
+    history = History(2, page=64, **window)
+    gpu = make(keep, dtype, n_rows=2, max_tokens=4000, **window)
+    cpu = LayerCache(keep, n_rows=2, dtype=dtype, **window)
+    for counts in (900, 100), (3000, 700):
+        history.settle()
+        valid = left_padded(counts)
+        k, v = (draw(rng, dtype, 2, 2, valid.shape[1], 128) for _ in "kv")
+        history.put(k, v, valid)
+        cpu.append(k, v, valid)
+        if counts[0] == 900:
+            gpu.append(*(to_gpu(x) for x in (k, v, valid)))
+    q = draw(rng, dtype, 2, 4, 3000, 128)
+    out = to_coded(decode(gpu, *(to_gpu(x) for x in (q, k, v)), valid=to_gpu(valid)))
+    compared = np.array(
+        [0, 1, 2047, 2048, 2049, 2299, 2300, 2301, 2999, *rng.integers(3000, size=5)]
+    )
+    for b, row in enumerate(history.rows):
+        got, positions = widen(out[b], dtype), history.positions(b, 3000)
+        assert not got[:, ~valid[b]].any()
+        rule = {"sink": 64, "recent": 128, "lo": row.lo, "n0": row.n0, "scale": 128**-0.5}
+        stored = (np.stack(x, axis=1) for x in (row.k, row.v))
+        at = [positions[t] for t in compared]
+        wanted = truth_and_plain(q[b][:, compared], *stored, at, keep, dtype, **rule)
+        assert_within_budget(got[:, compared], *wanted, dtype, f"row {b}")
+    assert_same_contents(gpu, cpu, dtype)
 
 
 @st.composite
@@ -224,24 +302,27 @@ def test_span_of_random_shapes(case, dtype, seed):
 # ------------------------------------------------------------------------------- what is not shapes
 
 
-def filled(dtype="bfloat16", D=128, widths=(0, 8, 24, 128), length=700, **options):
-    """Return a cache with a prompt, and the q, k and v of 9 columns; the same on every call."""
+def filled(dtype="bfloat16", D=128, widths=(0, 8, 24, 128), length=700, T=9, **options):
+    """Return a cache with a prompt, and the q, k and v of T columns; the same on every call."""
     rng = np.random.default_rng(1)
-    options = {"sink": 10, "recent": 40, "slack": 20, "max_tokens": length + 200} | options
+    options = {"sink": 10, "recent": 40, "slack": 20, "max_tokens": length + 200 + T} | options
     cache = make(random_keep(rng, D, widths), dtype, n_rows=2, **options)
     shape = (2, len(widths))
     cache.append(*(to_gpu(draw(rng, dtype, *shape, length, D)) for _ in "kv"))
-    q = to_gpu(draw(rng, dtype, 2, 4 * len(widths), 9, D))
-    return cache, q, *(to_gpu(draw(rng, dtype, *shape, 9, D)) for _ in "kv")
+    q = to_gpu(draw(rng, dtype, 2, 4 * len(widths), T, D))
+    return cache, q, *(to_gpu(draw(rng, dtype, *shape, T, D)) for _ in "kv")
 
 
+@pytest.mark.parametrize("T", [9, 500])
 @pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_runs_agree_bit_for_bit(dtype, D):
+def test_two_runs_agree_bit_for_bit(dtype, D, T):
     """Which block takes which part of the work differs from run to run, the result does not."""
     from leank.cuda import decode
 
-    cache, *inputs = filled(dtype, D, (0, 8, 24, 128, 64, 64, 32, 96), length=9000)
+    # With as much slack a crop leaves what the call saw, with less it would not.
+    widths, slack = (0, 8, 24, 128, 64, 64, 32, 96), T + 80
+    cache, *inputs = filled(dtype, D, widths, length=9000, T=T, slack=slack)
     first = decode(cache, *inputs)
     for _ in range(20):
         cache.crop(9000)
@@ -262,6 +343,32 @@ def test_sliced_inputs():
     fused = torch.cat([q, k, v], dim=1).transpose(1, 2).contiguous().transpose(1, 2)
     parts = fused.split([q.shape[1], k.shape[1], v.shape[1]], dim=1)
     assert torch.equal(decode(cache, q, k, v), decode(other, *parts))
+
+
+def test_a_long_call_leaves_what_short_ones_do():
+    """Contents, lo and lengths, also where the ring of twins goes round more than once."""
+    from leank.cuda import decode
+
+    (at_once, *inputs), (one_by_one, *_) = (filled(T=301) for _ in range(2))
+    valid = torch.ones(2, 301, dtype=torch.bool, device="cuda")
+    valid[1, 50:170] = False
+    whole = decode(at_once, *inputs, valid=valid)
+    outputs = []
+    for first in range(0, 301, 7):
+        new = slice(first, first + 7)
+        q, k, v = (x[:, :, new] for x in inputs)
+        outputs.append(decode(one_by_one, q, k, v, valid=valid[:, new]))
+    # The order of sums differs.
+    torch.testing.assert_close(whole, torch.cat(outputs, 2), rtol=2e-2, atol=2e-3)
+    for cache in (at_once, one_by_one):
+        assert cache.lengths.tolist() == [1001, 881] and cache.lo.tolist() == [896, 768]
+    for b in range(2):
+        for got, told in zip(at_once.gather(b), one_by_one.gather(b), strict=True):
+            assert torch.equal(got.view(torch.int16), told.view(torch.int16))
+    for cache in (at_once, one_by_one):
+        cache.crop(990)
+    step = [x[:, :, :1].contiguous() for x in inputs]
+    assert torch.equal(decode(at_once, *step), decode(one_by_one, *step))
 
 
 def test_refusals_change_nothing():

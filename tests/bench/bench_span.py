@@ -181,7 +181,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     all_keeps, time = load_profiles()["llama-3.1-8b"].keep(args.seed), Timer(args.rounds)
     keeps = [all_keeps[i] for i in args.layers]
-    shapes = [(keeps[0], n) for n in (1, 8, 64, 200)] + [(np.arange(256)[None] < 80, 1)]
+    shapes = [(keeps[0], n) for n in (1, 8, 64, 200, 2500)] + [(np.arange(256)[None] < 80, 1)]
     for keep, n_columns in shapes:
         n_q_heads = 8 if keep.shape[1] == 256 else len(keep) * R
         error = check(keep, n_q_heads, n_columns)
