@@ -33,19 +33,25 @@ class _StopCheck(_Theirs):
 
     def __init__(self, input_ids, max_length, cache, cache_is_returned, streamer=None) -> None:
         is_ours = isinstance(cache, LeanKCache)
-        self._to_crop = cache if is_ours and cache_is_returned else None
+        self._ours = cache if is_ours else None
+        self._to_crop = self._ours if cache_is_returned else None
         # Steps that fit: one too many would end in an error where there was none.
         self._room = cache.max_cache_len - cache.n_columns if is_ours else None
         # Theirs would have layers record what a crop needs, which slack holds anyway.
         super().__init__(input_ids, max_length, cache, cache_is_returned and not is_ours, streamer)
 
     def __call__(self, unfinished_sequences, tokens, length: int) -> bool:
-        """Whether to stop; for a next step that would not fit it waits."""
+        """Whether to stop; for a next step that would not fit it waits, and raises if it comes."""
         stops = super().__call__(unfinished_sequences, tokens, length)
-        if self._room is None:
+        if self._room is None or stops:
             return stops
         self._room -= 1
-        return stops or (self._room < 0 and bool(unfinished_sequences.max() == 0))
+        if self._room >= 0:
+            return False
+        if unfinished_sequences.max() == 0:
+            return True
+        self._ours.packed[0].check_room(1)  # a graph would not know
+        return False
 
     def finish(self) -> int:
         """Take back what was computed too much; returns how many steps."""

@@ -103,7 +103,7 @@ def test_models_that_the_kernels_do_not_take(place, make, message):
 
 
 def test_past_the_end(one):
-    """The host refuses an eager step; a compiled one is noticed when generate() ends."""
+    """The host refuses an eager step, and generate() a compiled one, before it is launched."""
     with one.patch():
         cache, ids, real = filled(one, max_cache_len=81)
         ids, real = steps(one, cache, ids, real, draw(3, 1))
@@ -111,8 +111,10 @@ def test_past_the_end(one):
         with pytest.raises(ValueError, match="max_cache_len: expected at least 82"):
             forward(one, draw(3, 1), cache, more)
         cache.reset()
-        with pytest.raises(RuntimeError, match="went past max_tokens = 81"):
+        with pytest.raises(ValueError, match="max_cache_len: expected at least 82"):
             run(one, [75], past_key_values=cache, **compiled(one))
+        cache.check()
+        assert cache.n_columns == 81
         cache.reset()
         run(one, [70], past_key_values=cache, **compiled(one))
 
