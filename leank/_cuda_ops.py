@@ -63,13 +63,17 @@ def _find_cache(memory: torch.Tensor) -> object:
     return cache
 
 
-@functools.cache
 def workspace(device: int) -> torch.Tensor:
-    """Return the workspace of attend launches on a device, which its caches share.
+    """Return the workspace of attend launches on a device's current stream.
 
     Launches on one stream follow each other, so that they may share it; caches that are used on
-    several streams at the same time may not.
+    several streams at the same time may not. It stays, since captured graphs have its address.
     """
+    return _workspace(device, current_stream(device))
+
+
+@functools.cache
+def _workspace(device: int, stream: int) -> torch.Tensor:
     n_bytes = _cuda.attend_work_bytes(
         max(_cuda.HEAD_DIMS), _cuda.MAX_R, _device_info(device)["n_blocks"]
     )

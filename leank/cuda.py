@@ -626,7 +626,7 @@ def decode(
 
     Notes
     -----
-    Caches of one device share a workspace: use them on one stream at a time.
+    Caches that were made on one stream share a workspace: use them on one stream at a time.
 
     A call of more than min(slack + 1, 64) columns takes memory while it runs, for the dropped
     channels of its tokens: at most 256 MiB.
