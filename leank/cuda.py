@@ -569,6 +569,12 @@ def _checked_device(device: torch.device | str) -> torch.device:
     device = torch.device(device)
     if device.type != "cuda":
         raise ValueError(f"device: expected a CUDA device, got {device}")
+    n_devices = torch.cuda.device_count()
+    if (device.index or 0) >= n_devices:
+        raise ValueError(
+            f"device: expected one of the {n_devices} GPUs that torch sees (CUDA_VISIBLE_DEVICES "
+            f"hides others), got {device}"
+        )
     return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
