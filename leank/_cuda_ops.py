@@ -44,6 +44,8 @@ _LIBRARY.define(
     "int[] limits) -> ()"
 )
 ops = torch.ops.leank
+# More than any column, and int32 with one added: what `step_columns` notes of masks that fit.
+NO_COLUMN = 2**30
 # By the address of its memory: the leank.cuda.LayerCache.
 _caches: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
 
@@ -266,14 +268,15 @@ def _columns(state):
 def _step_columns(mask, memory, state, misfit):
     real = _find_cache(memory)._real
     n_rows, room = real.shape
-    now, column = _columns(state), torch.arange(room, device=real.device)
+    now, column = state[_cuda.STATE_COLUMNS], torch.arange(room, device=real.device)
     if mask is None:
         allowed = column <= now
     else:
         allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
     allowed = allowed.expand(n_rows, room)
     stored = (real != 0) & (column < now)
-    misfit.logical_or_(((allowed != stored) & (column != now)).any())
+    fits = ((allowed == stored) | (column == now)).all()
+    misfit.clamp_(max=torch.add(now, fits, alpha=NO_COLUMN))
     # A step beyond the end is noted by `attend`.
     return allowed.index_select(1, now.clamp(max=room - 1).view(1))
 

@@ -207,9 +207,9 @@ class LayerCache:
         mask : tensor [B or 1, 1, 1, max_tokens], optional
             Where the column's query may attend: True, or 0 if it is of floating point. None: to
             everything.
-        misfit : bool tensor []
-            Is set if the mask hides a token that is stored, or shows anything else but the new
-            column.
+        misfit : int32 tensor []
+            Becomes the number of the new column, if that is less, where the mask hides a token that
+            is stored, or shows anything else but the new column.
 
         Returns
         -------

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ._cuda_ops import NO_COLUMN
 from .cache_layer import NewTokens
 from .cuda import LayerCache, decode
 from .static_layer import LeanKStaticLayer
@@ -64,7 +65,8 @@ class LeanKCudaLayer(LeanKStaticLayer):
     dtypes = ("bfloat16", "float16")
     counts_on_device = True
 
-    # Whether a step's mask was not that of the columns stored: bool [] on the device.
+    # The first column that a step stored with another mask than that of the columns before it, on
+    # the device: int32 [], at least NO_COLUMN if there is none.
     misfit: torch.Tensor | None = None
 
     def __init__(self, keep: np.ndarray, **options: int) -> None:
@@ -83,10 +85,9 @@ class LeanKCudaLayer(LeanKStaticLayer):
         }
         if self.store is None or any(getattr(self.store, name) != x for name, x in sizes.items()):
             self.store, self.is_initialized = None, False  # first, so that there is room
-            self.store = LayerCache(
-                self.keep, max_tokens=self.max_cache_len, **self.window, **sizes
-            )
-            self._keep_misfit(torch.zeros((), dtype=torch.bool, device=self.store.device))
+            store = LayerCache(self.keep, max_tokens=self.max_cache_len, **self.window, **sizes)
+            self._keep_misfit(torch.full((), NO_COLUMN, dtype=torch.int32, device=store.device))
+            self.store = store
         self.is_initialized = True
 
     @torch.inference_mode(False)  # else it could only be changed in that mode
@@ -206,7 +207,7 @@ class LeanKCudaLayer(LeanKStaticLayer):
         if self.store is None:
             return
         self.store.check()
-        if self.misfit:
+        if int(self.misfit) < NO_COLUMN:
             raise ValueError(
                 "attention_mask: expected the padding that the cache was filled with, and no "
                 "columns to come, got another mask in a step; what was computed since is wrong"
@@ -266,14 +267,14 @@ class LeanKCudaLayer(LeanKStaticLayer):
             self.prompt.n_columns = min(n_columns, self.prompt.n_columns)
         super().crop_to(n_columns)
         if self.misfit is not None:
-            self.misfit.zero_()
+            self.misfit.masked_fill_(self.misfit >= n_columns, NO_COLUMN)
 
     def reset(self) -> None:
         """Forget all tokens; the pages stay reserved, where they are."""
         super().reset()
         self.prompt, self._held_from = None, 0
         if self.misfit is not None:
-            self.misfit.zero_()
+            self.misfit.fill_(NO_COLUMN)
 
     def __deepcopy__(self, memo: dict) -> LeanKCudaLayer:
         """Copy with pages of its own."""
