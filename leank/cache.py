@@ -302,7 +302,7 @@ class LeanKCache(Cache):
         Raises
         ------
         RuntimeError
-            A step went past ``max_cache_len``.
+            A step went past ``max_cache_len``, or CUDA left a layer half changed.
         ValueError
             A step's mask had other padding than the columns that are stored.
         """
@@ -311,7 +311,7 @@ class LeanKCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows for beam search."""
-        super().reorder_cache(beam_idx.cpu())  # waits for a GPU once, not in each layer
+        self._change_rows(beam_idx.cpu())  # waits for a GPU once, not in each layer
 
     def reset(self) -> None:
         """Forget all tokens and the announced prompt; what is reserved stays so."""
@@ -434,12 +434,30 @@ class LeanKCache(Cache):
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows that an index tensor or a boolean tensor names, in its order."""
+        """
+        Keep the rows that an index tensor or a boolean tensor names, in its order.
+
+        On a GPU another number of rows needs room for the pages of both while it runs; without it
+        all layers stay as they were.
+        """
         if self.n_columns:
             rows = torch.arange(self.packed[0].store.n_rows)[torch.as_tensor(indices).cpu()]
-            for layer in self.layers:
-                has_state = isinstance(layer, LinearAttentionCacheLayerMixin)
-                (layer.reorder_cache if has_state else layer.batch_select_indices)(rows)
+            self._change_rows(rows)
+
+    def _change_rows(self, rows: torch.Tensor) -> None:
+        """Make row i of each layer the former row rows[i]; what may not fit comes first."""
+        changes = []
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                changes.append(partial(layer.reorder_cache, rows))
+            elif isinstance(layer, LeanKLayer):
+                changes.append(layer.prepare_rows(rows))
+            else:  # transformers' own, which put new tensors in the place of others
+                new = copy.copy(layer)
+                new.reorder_cache(rows)
+                changes.append(partial(layer.__dict__.update, new.__dict__))
+        for change in changes:
+            change()
 
     def _sliding(self) -> list:
         return [layer for layer in self.layers if getattr(layer, "is_sliding", False)]

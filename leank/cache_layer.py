@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -274,6 +275,10 @@ class LeanKLayer(CacheLayerMixin):
         if self.n_columns:
             rows = np.arange(self.store.n_rows, dtype=np.int64)
             self.store.select(np.ascontiguousarray(rows[torch.as_tensor(indices).cpu().numpy()]))
+
+    def prepare_rows(self, indices: torch.Tensor) -> Callable[[], None]:
+        """Return what does `batch_select_indices`, or the rest of it."""
+        return partial(self.batch_select_indices, indices)
 
     def reset(self) -> None:
         """Forget all tokens and the announced prompt."""

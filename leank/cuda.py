@@ -6,8 +6,10 @@ step of one token per row neither allocates nor waits, so that it can be compile
 ``leank._cuda``.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +29,11 @@ class LayerCache:
     """Packed K and V of one attention layer on a CUDA device.
 
     The rule and the sizes are those of ``leank.LayerCache``. A row's prompt is its first call with
-    a token of that row. Caches of one device share a workspace: use them on one stream at a time.
+    a token of that row. Caches that were made on one stream share a workspace: use them on one
+    stream at a time.
+
+    Where CUDA refuses a part of a change (RuntimeError), the cache is unusable: what follows
+    raises, until `reset`; after replayed steps `check` does. After other errors it is as it was.
 
     Parameters
     ----------
@@ -164,7 +170,10 @@ class LayerCache:
     @property
     def n_columns(self) -> int:
         """The same as an int. Waits for the device once a step was compiled or captured."""
-        return int(self.columns) if self.may_be_replayed else self._columns
+        if self.may_be_replayed:
+            self._refuse_half_changed()
+            return int(self.columns)
+        return self._columns
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -191,8 +200,10 @@ class LayerCache:
     def check(self) -> None:
         """Raise RuntimeError if a compiled or replayed step went past `max_tokens`.
 
-        Such a step stores nothing, and its output is 0. Waits for the device.
+        Such a step stores nothing, and its output is 0. Waits for the device. Also raises for a
+        cache that is unusable.
         """
+        self._refuse_half_changed()
         if int(self._state[_cuda.STATE_OVERFLOW]):
             raise RuntimeError(
                 f"cache: a compiled or replayed step went past max_tokens = {self.max_tokens}; "
@@ -240,14 +251,35 @@ class LayerCache:
 
     def reset(self) -> None:
         """Make every row empty; the next call brings a new prompt."""
-        self._state.zero_()
-        self._rows(1).fill_(min(self.sink, _MOST_TOKENS))
-        self._rows(2).fill_(_cuda.STATE_OPEN)
+        with self._changing("reset"):
+            self._state.zero_()
+            self._rows(1).fill_(min(self.sink, _MOST_TOKENS))
+            self._rows(2).fill_(_cuda.STATE_OPEN)
+        self._half_changed: str | None = None  # by what
         self._columns, self.is_empty = 0, True
         # So many columns hold every row's prompt; None: not known.
         self._prompt_end: int | None = None
 
     # ------------------------------------------------------------------------------------- changes
+
+    @contextlib.contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        """Make the cache unusable where CUDA refuses one of several launches."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise  # what is allocated comes before the first launch
+        except RuntimeError:
+            # It looks like one that the host cannot count: so no step pays for being asked.
+            self._half_changed, self.may_be_replayed = what, True
+            raise
+
+    def _refuse_half_changed(self) -> None:
+        if self._half_changed is not None:
+            raise RuntimeError(
+                f"cache: expected one that is whole, got one that {self._half_changed} left half "
+                "changed when CUDA refused a launch; reset() it and feed everything again"
+            )
 
     def _count(self, n_new: int) -> int:
         """Columns before a call of n_new columns, which must fit."""
@@ -274,7 +306,8 @@ class LayerCache:
         ValueError
             A tensor does not fit, or the columns are more than `max_tokens`; nothing is stored.
         RuntimeError
-            A CUDA graph is being captured: where the columns go would be part of it.
+            A CUDA graph is being captured: where the columns go would be part of it. Or CUDA
+            refused a launch.
         """
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("append: expected no capture, got a stream that is being captured")
@@ -284,14 +317,8 @@ class LayerCache:
         if valid is not None:
             valid = self._check_valid(valid, n_columns)
         before = self._count(n_columns)
-        _ops.append(
-            k,
-            v,
-            valid,
-            *self._buffers,
-            before,
-            self._limits,
-        )
+        with self._changing("append"):
+            _ops.append(k, v, valid, *self._buffers, before, self._limits)
         self._columns, self.is_empty = before + n_columns, before + n_columns == 0
         if before == 0 and valid is None and n_columns:
             self._prompt_end = n_columns
@@ -331,6 +358,16 @@ class LayerCache:
             `rows` are not integers in one dimension, are none or too many, or there is no such row.
         torch.OutOfMemoryError
             Pages for another number of rows do not fit; the cache is as it was.
+        RuntimeError
+            CUDA refused a launch.
+        """
+        self.prepare_select(rows)()
+
+    def prepare_select(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> Callable[[], None]:
+        """Return what does the rest of `select`, for which nothing is left to be allocated.
+
+        The cache is as it was until that is called, and must not be changed before. So the caches
+        of several layers change all, or none.
         """
         if isinstance(rows, torch.Tensor):
             rows = rows.cpu().numpy()
@@ -345,9 +382,7 @@ class LayerCache:
         if len(rows) != self.n_rows:
             other = self._like(len(rows))
             other._copy_from(self, rows)
-            self.__dict__.update(other.__dict__)
-            register_cache(self, self._allocation)
-            return
+            return partial(self._become, other)
         # The first to ask for a former row gets its pages, others those that nobody asked for.
         former, first, place = np.unique(rows, return_index=True, return_inverse=True)
         unused = np.setdiff1d(np.arange(self.n_rows), former)
@@ -355,9 +390,19 @@ class LayerCache:
         pages_of = rows.copy()
         pages_of[repeats] = unused
         table = self._table[:, self._on_device(pages_of)]
-        self._move_rows(self, rows)
-        self._table.copy_(table)
-        self._copy_pages(self, np.stack([repeats, first[place][repeats]], 1))
+        move = self._prepare_move(self, rows, np.stack([repeats, first[place][repeats]], 1))
+
+        def change() -> None:
+            with self._changing("select"):
+                self._table.copy_(table)
+                move()
+
+        return change
+
+    def _become(self, other: "LayerCache") -> None:
+        """Take everything from another cache, which nobody else has."""
+        self.__dict__.update(other.__dict__)
+        register_cache(self, self._allocation)
 
     def copy(self) -> "LayerCache":
         """Return a cache with the same rows and pages of its own."""
@@ -386,35 +431,39 @@ class LayerCache:
         return torch.from_numpy(x.astype(np.int64)).to(self.device)
 
     def _copy_from(self, other: "LayerCache", rows: np.ndarray) -> None:
-        self._move_rows(other, rows)
-        self._copy_pages(other, np.stack([np.arange(len(rows)), rows], 1))
+        self._prepare_move(other, rows, np.stack([np.arange(len(rows)), rows], 1))()
 
-    def _move_rows(self, other: "LayerCache", rows: np.ndarray) -> None:
-        """Take lengths and real columns of rows of another cache, or of this one."""
-        index = self._on_device(rows)
-        header = _cuda.STATE_HEADER
-        # What may not fit comes first: then nothing is half changed.
+    def _prepare_move(
+        self, other: "LayerCache", rows: np.ndarray, pairs: np.ndarray
+    ) -> Callable[[], None]:
+        """Return what takes lengths, real columns and pages of rows of another cache, or this one.
+
+        rows [B]: whose lengths and columns; pairs [n, 2]: to and from which row pages are copied.
+        """
+        index, pairs = self._on_device(rows), self._on_device(pairs).int()
+        header, n_columns = _cuda.STATE_HEADER, other.n_columns
         real, state = other._real[index], other._state[header:].view(3, -1)[:, index]
-        self._real.copy_(real)
-        self._state[header:].view(3, -1).copy_(state)
-        self._state[:header].copy_(other._state[:header])
-        self._columns, self._prompt_end = other.n_columns, other._prompt_end
-        self.is_empty = other.is_empty
 
-    def _copy_pages(self, other: "LayerCache", pairs: np.ndarray) -> None:
-        """Copy pages of rows: pairs [n, 2] of a row of this cache and one of the other."""
-        _ops.copy_pages(
-            self.slab,
-            self._state,
-            self._table,
-            None if other is self else other.slab,
-            other._state,
-            other._table,
-            self._geom,
-            self._on_device(pairs).int(),
-            self._item_bytes,
-            self._limits,
-        )
+        def move() -> None:
+            self._real.copy_(real)
+            self._state[header:].view(3, -1).copy_(state)
+            self._state[:header].copy_(other._state[:header])
+            self._columns, self._prompt_end = n_columns, other._prompt_end
+            self.is_empty = other.is_empty
+            _ops.copy_pages(
+                self.slab,
+                self._state,
+                self._table,
+                None if other is self else other.slab,
+                other._state,
+                other._table,
+                self._geom,
+                pairs,
+                self._item_bytes,
+                self._limits,
+            )
+
+        return move
 
     def __reduce__(self) -> str:
         """Raise TypeError."""
@@ -469,7 +518,8 @@ class LayerCache:
                 f"q: expected one column in a step that is compiled or captured, got {n_columns}"
             )
         before, most = self._count(n_columns), self._most_columns(n_columns)
-        out = launch_span(self, q, k, v, valid, sinks, scale, softcap, return_lse, before, most)
+        with self._changing("decode"):
+            out = launch_span(self, q, k, v, valid, sinks, scale, softcap, return_lse, before, most)
         self._columns, self.is_empty = before + n_columns, False
         return out
 
@@ -628,7 +678,8 @@ def decode(
         replayed step does not know that the cache is full: see `LayerCache.check`. Rows need shared
         memory: on an H100 up to about 11,000 of them fit.
     RuntimeError
-        CUDA refused a launch, or several columns are compiled or captured.
+        CUDA refused a launch: of one column, the cache is as it was; of several, it is unusable
+        until it is reset. Or several columns are compiled or captured.
 
     Notes
     -----

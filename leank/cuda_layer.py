@@ -44,17 +44,12 @@ class _Prompt:
         return self.k[:, :, :n], self.v[:, :, :n]
 
     @torch.inference_mode(False)
-    def select(self, rows: torch.Tensor) -> None:
-        """Make row i the former row rows[i]."""
-        rows = rows.to(self.k.device)
-        self.k, self.v, self.valid = (x[rows] for x in (self.k, self.v, self.valid))
-
-    @torch.inference_mode(False)
-    def copy(self) -> _Prompt:
-        """Return a copy with tensors of its own."""
+    def select(self, rows: np.ndarray) -> _Prompt:
+        """Return one whose row i is row rows[i], with tensors of its own."""
+        index = torch.from_numpy(rows).to(self.k.device)
         new = _Prompt.__new__(_Prompt)
-        new.__dict__.update(self.__dict__)
-        new.k, new.v, new.valid = self.k.clone(), self.v.clone(), self.valid.clone()
+        new.k, new.v, new.valid = self.k[index], self.v[index], self.valid[index]
+        new.n_columns = self.n_columns
         return new
 
 
@@ -252,9 +247,21 @@ class LeanKCudaLayer(LeanKStaticLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that an index tensor or a boolean tensor names, in its order."""
-        super().batch_select_indices(indices)
-        if self.prompt is not None:
-            self.prompt.select(indices)
+        self.prepare_rows(indices)()
+
+    def prepare_rows(self, indices: torch.Tensor) -> Callable[[], None]:
+        """Return what does the rest of `batch_select_indices`; all memory is allocated by now."""
+        if not self.n_columns:
+            return lambda: None
+        rows = np.arange(self.store.n_rows)[torch.as_tensor(indices).cpu().numpy()]
+        change = self.store.prepare_select(rows)
+        prompt = None if self.prompt is None else self.prompt.select(rows)
+
+        def change_both() -> None:
+            change()
+            self.prompt = prompt
+
+        return change_both
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
@@ -282,7 +289,7 @@ class LeanKCudaLayer(LeanKStaticLayer):
         if self.misfit is not None:
             new._keep_misfit(self.misfit)
         if self.prompt is not None:
-            new.prompt = self.prompt.copy()
+            new.prompt = self.prompt.select(np.arange(self.store.n_rows))
         return new
 
 
