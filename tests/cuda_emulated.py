@@ -14,6 +14,7 @@ import types
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from leank import _C
 
@@ -302,12 +303,13 @@ _allowed = [True]
 
 
 def _quietly(function):
-    """Let an operator read: it runs on the device."""
+    """Let an operator read, and allocate unseen: it runs on the device."""
 
     def run(*args):
         before, _allowed[0] = _allowed[0], True
         try:
-            return function(*args)
+            with _disable_current_modes():
+                return function(*args)
         finally:
             _allowed[0] = before
 
