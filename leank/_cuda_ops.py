@@ -15,11 +15,6 @@ from leank._cuda_built import _cuda
 from leank._cuda_built import device_info as _device_info
 
 _LIBRARY = torch.library.Library("leank", "DEF")
-_LIBRARY.define(
-    "attend(Tensor q, Tensor? k, Tensor? v, Tensor? valid, Tensor? sinks, Tensor memory, "
-    "Tensor(a!) state, int[] limits, float scale, float softcap, bool return_lse) "
-    "-> (Tensor, Tensor)"
-)
 # What a step asks about lengths is an operator of its own, since it must be known before `attend`
 # changes them: inductor computes what it can see through again where it is used, and later.
 _LIBRARY.define("columns(Tensor state) -> Tensor")
@@ -55,7 +50,8 @@ def register_cache(cache: object, memory: torch.Tensor) -> None:
     _caches[memory.data_ptr()] = cache
 
 
-def _find_cache(memory: torch.Tensor) -> object:
+def find_cache(memory: torch.Tensor) -> object:
+    """Return the cache whose memory it is."""
     cache = _caches.get(memory.data_ptr())
     if cache is None:
         raise RuntimeError(
@@ -254,19 +250,12 @@ def launch_span(
     return out, lse
 
 
-def _attend(q, k, v, valid, sinks, memory, state, limits, scale, softcap, return_lse):
-    cache = _find_cache(memory)
-    # Of the argument: a graph that was made functional runs this on a copy, and copies it back.
-    out, lse = cache.step(q, k, v, valid, sinks, scale, softcap, return_lse, graph_state=state)
-    return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
-
-
 def _columns(state):
     return state[_cuda.STATE_COLUMNS].long()
 
 
 def _step_columns(mask, memory, state, misfit):
-    real = _find_cache(memory)._real
+    real = find_cache(memory)._real
     n_rows, room = real.shape
     now, column = state[_cuda.STATE_COLUMNS], torch.arange(room, device=real.device)
     if mask is None:
@@ -332,7 +321,6 @@ def _copy_pages(
 
 
 for _name, _function in (
-    ("attend", _attend),
     ("append", _append),
     ("crop", _crop),
     ("gather", _gather),
@@ -354,14 +342,6 @@ def _columns_fake(state):
 def _step_columns_fake(mask, memory, state, misfit):
     n_rows = (state.numel() - _cuda.STATE_HEADER) // 3
     return state.new_empty((n_rows, 1), dtype=torch.bool)
-
-
-@torch.library.register_fake("leank::attend", lib=_LIBRARY)
-def _attend_fake(q, k, v, valid, sinks, memory, state, limits, scale, softcap, return_lse):
-    lse_shape = (q.shape[0], q.shape[1], 1) if return_lse else (0,)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        lse_shape, dtype=torch.float32
-    )
 
 
 @torch.library.register_fake("leank::append", lib=_LIBRARY)

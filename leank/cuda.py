@@ -7,7 +7,6 @@ step of one token per row neither allocates nor waits, so that it can be compile
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -15,8 +14,9 @@ import numpy as np
 import torch
 
 from leank import _C
-from leank._cuda_ops import _cuda, launch_attend, launch_span, make_layer, register_cache, workspace
+from leank._cuda_ops import _cuda, make_layer, register_cache, workspace
 from leank._cuda_ops import ops as _ops
+from leank._cuda_step import check_tensor, check_valid, decode
 
 __all__ = ["LayerCache", "decode"]
 
@@ -155,6 +155,17 @@ class LayerCache:
         for x in (self._allocation, self._state):
             # A graph that torch captures takes them where they are, instead of copying them.
             torch._dynamo.mark_static_address(x, guard=False)
+
+    def _layer_with(self, state: torch.Tensor) -> _cuda.Layer:
+        buffers = state, self._real, self._table, self._geom
+        return make_layer(buffers, self._limits, self.n_heads, self.head_dim, self.dtype)
+
+    def _check_row_count(self, n_rows: int, name: str) -> None:
+        if not 1 <= n_rows <= 65535 or n_rows * self.n_heads > _cuda.MAX_UNITS:
+            raise ValueError(
+                f"{name}: expected 1 to 65535 rows, and at most {_cuda.MAX_UNITS} rows * KV heads, "
+                f"got {n_rows} * {self.n_heads}"
+            )
 
     # ------------------------------------------------------------------------------- what is stored
 
@@ -312,10 +323,10 @@ class LayerCache:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("append: expected no capture, got a stream that is being captured")
         n_columns = k.shape[2] if k.dim() == 4 else -1
-        self._check_tensor(k, "k", (self.n_rows, self.n_heads, n_columns, self.head_dim))
-        self._check_tensor(v, "v", (self.n_rows, self.n_heads, n_columns, self.head_dim))
+        check_tensor(self, k, "k", (self.n_rows, self.n_heads, n_columns, self.head_dim))
+        check_tensor(self, v, "v", (self.n_rows, self.n_heads, n_columns, self.head_dim))
         if valid is not None:
-            valid = self._check_valid(valid, n_columns)
+            valid = check_valid(self, valid, n_columns)
         before = self._count(n_columns)
         with self._changing("append"):
             _ops.append(k, v, valid, *self._buffers, before, self._limits)
@@ -469,150 +480,6 @@ class LayerCache:
         """Raise TypeError."""
         raise TypeError("leank.cuda.LayerCache cannot be pickled yet: its tables hold addresses")
 
-    # ---------------------------------------------------------------------------------------- steps
-
-    def _layer_with(self, state: torch.Tensor) -> _cuda.Layer:
-        buffers = state, self._real, self._table, self._geom
-        return make_layer(buffers, self._limits, self.n_heads, self.head_dim, self.dtype)
-
-    def step(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        valid: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        scale: float,
-        softcap: float,
-        return_lse: bool,
-        graph_state: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Check, count and launch what `decode` is asked for; returns out, and lse or None.
-
-        graph_state : int32 tensor, optional
-            A compiled graph runs this, and has the state there.
-        """
-        n_columns = q.shape[2] if k is not None and q.dim() == 4 else 1
-        self._check_step(q, k, v, sinks, n_columns)
-        if valid is not None:
-            valid = self._check_valid(valid, n_columns)
-        if n_columns != 1:
-            return self._span(q, k, v, valid, sinks, scale, softcap, return_lse, graph_state)
-        n_new = int(k is not None)
-        in_graph, layer = graph_state is not None, self._layer
-        if in_graph and graph_state.data_ptr() != self._state.data_ptr():
-            layer = self._layer_with(graph_state)
-        if torch.cuda.is_current_stream_capturing():
-            self.may_be_replayed = in_graph = True
-        # The device counts by itself; to ask it is to wait for it.
-        columns = 0 if in_graph and self.may_be_replayed else self._count(n_new) + n_new
-        out = launch_attend(layer, q, k, v, valid, sinks, self._work, scale, softcap, return_lse)
-        self._columns, self.is_empty = columns, self.is_empty and not n_new
-        return out
-
-    def _span(self, q, k, v, valid, sinks, scale, softcap, return_lse, graph_state):
-        """`step` of several columns, whose number and place the host has to know."""
-        n_columns = q.shape[2]
-        if graph_state is not None or torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"q: expected one column in a step that is compiled or captured, got {n_columns}"
-            )
-        before, most = self._count(n_columns), self._most_columns(n_columns)
-        with self._changing("decode"):
-            out = launch_span(self, q, k, v, valid, sinks, scale, softcap, return_lse, before, most)
-        self._columns, self.is_empty = before + n_columns, False
-        return out
-
-    def _most_columns(self, n_columns: int) -> int | None:
-        """Columns of a call that may be stored before they attend, None: any; may wait.
-
-        Storing so many frees no channel that one of them needs.
-        """
-        if self._prompt_end is not None:
-            return None
-        most = min(self.slack + 1, _cuda.MOST_PIECE)
-        lengths, _, n0 = self._state[_cuda.STATE_HEADER :].view(3, -1).cpu()
-        is_open = n0 == _cuda.STATE_OPEN
-        # After a crop into a prompt, queries inside of it see whole what a longer piece would free.
-        is_cut = (lengths < n0) & ~is_open
-        if is_cut.any():
-            most = 1
-        if is_open.any() and n_columns > most:
-            row = int(is_open.int().argmax())
-            raise ValueError(
-                f"k: expected at most {most} columns because row {row} has no token yet, and all "
-                f"of its prompt is in this call, got {n_columns}"
-            )
-        if (is_open | is_cut).any():
-            return most
-        self._prompt_end = self.n_columns
-        return None
-
-    # --------------------------------------------------------------------------------------- checks
-
-    def _check_step(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        n_columns: int,
-    ) -> None:
-        n_heads = self.n_heads
-        n_q_heads = q.shape[1] if q.dim() == 4 else 0
-        self._check_tensor(q, "q", (self.n_rows, n_q_heads, n_columns, self.head_dim))
-        if n_q_heads == 0 or n_q_heads % n_heads or n_q_heads // n_heads > _cuda.MAX_R:
-            raise ValueError(
-                f"q: expected a multiple of {n_heads} query heads, at most {_cuda.MAX_R} per KV "
-                f"head, got {n_q_heads}"
-            )
-        if k is not None:
-            shape = (self.n_rows, n_heads, n_columns, self.head_dim)
-            self._check_tensor(k, "k", shape)
-            self._check_tensor(v, "v", shape)
-        if sinks is not None:
-            fits = sinks.dtype == torch.float32 and tuple(sinks.shape) == (n_q_heads,)
-            if not (fits and sinks.device == self.device and sinks.is_contiguous()):
-                raise ValueError(
-                    f"sinks: expected contiguous float32 ({n_q_heads},) on {self.device}, "
-                    f"got {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
-                )
-
-    def _check_row_count(self, n_rows: int, name: str) -> None:
-        if not 1 <= n_rows <= 65535 or n_rows * self.n_heads > _cuda.MAX_UNITS:
-            raise ValueError(
-                f"{name}: expected 1 to 65535 rows, and at most {_cuda.MAX_UNITS} rows * KV heads, "
-                f"got {n_rows} * {self.n_heads}"
-            )
-
-    def _check_tensor(self, x: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
-        if (
-            x.shape == shape
-            and x.dtype == self.dtype
-            and x.device == self.device
-            and x.stride(-1) == 1
-        ):
-            return
-        if x.dtype != self.dtype:
-            raise TypeError(f"{name}: expected {self.dtype}, got {x.dtype}")
-        if x.device != self.device:
-            raise ValueError(f"{name}: expected device {self.device}, got {x.device}")
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name}: expected {shape}, got {tuple(x.shape)}")
-        if x.stride(-1) != 1:
-            raise ValueError(f"{name}: expected a contiguous last axis, got strides {x.stride()}")
-
-    def _check_valid(self, valid: torch.Tensor, n_columns: int) -> torch.Tensor:
-        if valid.dtype != torch.bool or valid.device != self.device:
-            raise TypeError(
-                f"valid: expected torch.bool on {self.device}, got {valid.dtype} on {valid.device}"
-            )
-        if tuple(valid.shape) != (self.n_rows, n_columns):
-            raise ValueError(
-                f"valid: expected {(self.n_rows, n_columns)}, got {tuple(valid.shape)}"
-            )
-        return valid.contiguous()
-
 
 def _checked_device(device: torch.device | str) -> torch.device:
     """Return a CUDA device with its number."""
@@ -626,94 +493,3 @@ def _checked_device(device: torch.device | str) -> torch.device:
             f"hides others), got {device}"
         )
     return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-
-
-def decode(
-    cache: LayerCache,
-    q: torch.Tensor,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    *,
-    valid: torch.Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attend by LeanK's rule to a cache and to new tokens, which are stored.
-
-    With one column nothing depends on the host, and it can be compiled and captured. With more, the
-    result is that of one column after the other, but for rounding. A call that brings the first
-    tokens of some row has at most min(slack + 1, 64) columns; it may wait for the device, as may
-    the first one, and one after a crop into a prompt.
-
-    Parameters
-    ----------
-    cache : LayerCache
-    q : tensor [B, Hq, T, D]
-        T is 1 without k and v.
-    k, v : tensors [B, Hkv, T, D], optional
-        K and V of the new tokens. None: they are stored already, and `q` is that of the last
-        column.
-    valid : bool tensor [B, T], optional
-        False where a column is padding of that row.
-    scale : float, optional
-        1/sqrt(D) if None.
-    softcap : float
-        Above 0, logits become softcap * tanh(logit / softcap).
-    sinks : float32 tensor [Hq], optional
-        Logits of one more key per query head that has no value.
-    return_lse : bool
-        Return the logarithm of the sum of exponentials too.
-
-    Returns
-    -------
-    tensor [B, Hq, T, D], or a pair of it and a float32 tensor [B, Hq, T]
-        0 and -inf for padding.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument does not fit, or the cache is full; the cache is as it was. A compiled or
-        replayed step does not know that the cache is full: see `LayerCache.check`. Rows need shared
-        memory: on an H100 up to about 11,000 of them fit.
-    RuntimeError
-        CUDA refused a launch: of one column, the cache is as it was; of several, it is unusable
-        until it is reset. Or several columns are compiled or captured.
-
-    Notes
-    -----
-    Caches that were made on one stream share a workspace: use them on one stream at a time.
-
-    A call of more than min(slack + 1, 64) columns takes memory while it runs, for the dropped
-    channels of its tokens: at most 256 MiB.
-
-    Source: LeanK, arXiv 2508.02215, section 3; online softmax, Milakov 2018.
-    """
-    if (k is None) != (v is None):
-        raise ValueError("k, v: expected both or neither")
-    if k is None and valid is not None:
-        raise ValueError("valid: expected None without k and v: the cache knows its columns")
-    scale = 1 / math.sqrt(cache.head_dim) if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap: expected 0 or a positive finite number, got {softcap}")
-    if torch.compiler.is_compiling():
-        cache.may_be_replayed = True
-        out, lse = _ops.attend(
-            q,
-            k,
-            v,
-            valid,
-            sinks,
-            cache._allocation,
-            cache._state,
-            cache._limits,
-            scale,
-            softcap,
-            return_lse,
-        )
-    else:
-        out, lse = cache.step(q, k, v, valid, sinks, scale, softcap, return_lse)
-    return (out, lse) if return_lse else out

@@ -21,7 +21,14 @@ from leank import _C
 P = _C.PAGE_TOKENS
 N_HEADER, OPEN = 8, 2**31 - 1
 COLUMNS, OVERFLOW = 0, 1
-_FAKED = ("leank._cuda", "leank._cuda_built", "leank._cuda_ops", "leank.cuda", "leank.cuda_layer")
+_FAKED = (
+    "leank._cuda",
+    "leank._cuda_built",
+    "leank._cuda_ops",
+    "leank._cuda_step",
+    "leank.cuda",
+    "leank.cuda_layer",
+)
 
 
 def _module():
@@ -273,14 +280,14 @@ def emulated(monkeypatch):
     try:
         cuda = importlib.import_module("leank.cuda")
         layer = importlib.import_module("leank.cuda_layer").LeanKCudaLayer
-        attend = sys.modules["leank._cuda_ops"]._attend
-        for name, function in ({"attend": attend} | _OPERATORS).items():
+        step = sys.modules["leank._cuda_step"]
+        for name, function in ({"attend": step._attend} | _OPERATORS).items():
             library.impl(name, _quietly(function), "CPU")
         with monkeypatch.context() as patches:
             patches.setattr(cuda, "_checked_device", torch.device)
             patches.setattr(cuda, "make_layer", _make_layer)
-            patches.setattr(cuda, "launch_attend", _quietly(_launch_attend))
-            patches.setattr(cuda, "launch_span", _quietly(_launch_span))
+            patches.setattr(step, "launch_attend", _quietly(_launch_attend))
+            patches.setattr(step, "launch_span", _quietly(_launch_span))
             patches.setattr(cuda, "workspace", lambda index: torch.zeros(8, dtype=torch.uint8))
             patches.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
             patches.setattr(torch, "Event", _Event)
@@ -290,7 +297,8 @@ def emulated(monkeypatch):
             yield
     finally:
         library._destroy()
-        sys.modules["leank._cuda_ops"]._LIBRARY._destroy()
+        for name in ("leank._cuda_step", "leank._cuda_ops"):
+            sys.modules[name]._LIBRARY._destroy()
         for name in _FAKED:
             del sys.modules[name]
             delattr(leank, name.partition(".")[2])
