@@ -16,11 +16,27 @@ typedef struct {
 } py_layer;
 
 int py_to_address(PyObject *object, void *out) {
-    *(void **)out = NULL;
-    if (object == Py_None) return 1;
-    *(void **)out = PyLong_AsVoidPtr(object);
-    return !PyErr_Occurred();
+    const void *address = object == Py_None ? NULL : PyLong_AsVoidPtr(object);
+    memcpy(out, &address, sizeof address);
+    return address || !PyErr_Occurred();
 }
+
+/* A tuple of n strides into int64_t [n]; false with an exception. */
+static int to_strides(PyObject *object, int64_t *out, Py_ssize_t n) {
+    if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != n) {
+        PyErr_Format(PyExc_TypeError, "expected a tuple of %zd strides, got %R", n, object);
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(object, i));
+        if (out[i] == -1 && PyErr_Occurred()) return 0;
+    }
+    return 1;
+}
+
+/* For "O&": of b and head; of b, head and column. */
+static int to_2_strides(PyObject *object, void *out) { return to_strides(object, out, 2); }
+static int to_3_strides(PyObject *object, void *out) { return to_strides(object, out, 3); }
 
 static PyObject *raise_status(lk_status status, const char *what, int32_t cuda_error) {
     if (status == LK_E_DEVICE)
@@ -40,27 +56,22 @@ static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     static char *names[] = {"page",   "twin",  "table_stride", "state",   "real",     "real_stride",
                             "geom",   "dtype", "n_rows",       "n_heads", "head_dim", "sink",
                             "recent", "slack", "max_tokens",   NULL};
-    void *page, *twin, *state, *real, *geom;
     long long table_stride, real_stride;
     const char *dtype;
     lk_cuda_layer layer = {0};
-    if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "$O&O&LO&O&LO&siiiiiii:Layer", names, py_to_address, &page, py_to_address,
-            &twin, &table_stride, py_to_address, &state, py_to_address, &real, &real_stride,
-            py_to_address, &geom, &dtype, &layer.n_rows, &layer.n_heads, &layer.head_dim,
-            &layer.sink, &layer.recent, &layer.slack, &layer.max_tokens))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$O&O&LO&O&LO&siiiiiii:Layer", names,
+                                     py_to_address, &layer.page, py_to_address, &layer.twin,
+                                     &table_stride, py_to_address, &layer.state, py_to_address,
+                                     &layer.real, &real_stride, py_to_address, &layer.geom, &dtype,
+                                     &layer.n_rows, &layer.n_heads, &layer.head_dim, &layer.sink,
+                                     &layer.recent, &layer.slack, &layer.max_tokens))
         return NULL;
     if (strcmp(dtype, "bfloat16") != 0 && strcmp(dtype, "float16") != 0)
         return PyErr_Format(PyExc_ValueError, "dtype: expected 'bfloat16' or 'float16', got '%s'",
                             dtype);
     layer.dtype = strcmp(dtype, "bfloat16") == 0 ? LK_BF16 : LK_F16;
-    layer.page = page;
-    layer.twin = twin;
     layer.table_stride = table_stride;
-    layer.state = state;
-    layer.real = real;
     layer.real_stride = real_stride;
-    layer.geom = geom;
     PyObject *self = type->tp_alloc(type, 0);
     if (self) ((py_layer *)self)->layer = layer;
     return self;
@@ -101,86 +112,46 @@ static PyObject *raise_no_room(const lk_cuda_layer *layer, int32_t n_q_heads, in
         layer->n_rows, n_q_heads, layer->n_heads, layer->head_dim, smem_bytes);
 }
 
+/* What a launch that attends takes, of one column or several; then what is its own. */
+#define ATTEND_NAMES                                                                               \
+    "layer", "q", "q_stride", "k", "k_stride", "v", "v_stride", "o", "lse", "valid", "sinks",      \
+        "n_q_heads", "scale", "softcap", "work", "n_blocks", "smem_bytes", "stream"
+#define ATTEND_FORMAT "O!$O&O&O&O&O&O&O&O&O&O&iffO&iiO&"
+#define ATTEND_TARGETS(module, layer, to_strides, a)                                               \
+    layer_type(module), &(layer), py_to_address, &(a).q, to_strides, (a).q_stride, py_to_address,  \
+        &(a).k, to_strides, (a).k_stride, py_to_address, &(a).v, to_strides, (a).v_stride,         \
+        py_to_address, &(a).o, py_to_address, &(a).lse, py_to_address, &(a).valid, py_to_address,  \
+        &(a).sinks, &(a).n_q_heads, &(a).scale, &(a).softcap, py_to_address, &(a).work,            \
+        &(a).n_blocks, &(a).smem_bytes, py_to_address, &(a).stream
+
 static PyObject *py_attend(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"layer",    "q",          "q_stride", "k",       "k_stride",
-                            "v",        "v_stride",   "o",        "lse",     "valid",
-                            "sinks",    "n_q_heads",  "scale",    "softcap", "work",
-                            "n_blocks", "smem_bytes", "stream",   NULL};
+    static char *names[] = {ATTEND_NAMES, NULL};
     PyObject *layer;
-    void *q, *k, *v, *o, *lse, *valid, *sinks, *work, *stream;
-    long long q_stride[2], k_stride[2], v_stride[2];
-    lk_cuda_attend_args a = {0};
-    if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O!$O&(LL)O&(LL)O&(LL)O&O&O&O&iffO&iiO&:attend", names,
-            layer_type(module), &layer, py_to_address, &q, &q_stride[0], &q_stride[1],
-            py_to_address, &k, &k_stride[0], &k_stride[1], py_to_address, &v, &v_stride[0],
-            &v_stride[1], py_to_address, &o, py_to_address, &lse, py_to_address, &valid,
-            py_to_address, &sinks, &a.n_q_heads, &a.scale, &a.softcap, py_to_address, &work,
-            &a.n_blocks, &a.smem_bytes, py_to_address, &stream))
-        return NULL;
     int32_t cuda_error = 0;
+    lk_cuda_attend_args a = {.cuda_error = &cuda_error};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, ATTEND_FORMAT ":attend", names,
+                                     ATTEND_TARGETS(module, layer, to_2_strides, a)))
+        return NULL;
     a.layer = &((py_layer *)layer)->layer;
-    a.q = q;
-    a.k = k;
-    a.v = v;
-    for (int i = 0; i < 2; i++) {
-        a.q_stride[i] = q_stride[i];
-        a.k_stride[i] = k_stride[i];
-        a.v_stride[i] = v_stride[i];
-    }
-    a.o = o;
-    a.lse = lse;
-    a.valid = valid;
-    a.sinks = sinks;
-    a.work = work;
-    a.stream = stream;
-    a.cuda_error = &cuda_error;
     const lk_status status = lk_cuda_attend(&a);
     if (status == LK_E_SHAPE) return raise_no_room(a.layer, a.n_q_heads, a.smem_bytes);
     return py_done_or_raise(status, "attend", cuda_error);
 }
 
 static PyObject *py_span(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {
-        "layer",    "q",          "q_stride",  "k",         "k_stride",   "v",
-        "v_stride", "o",          "lse",       "valid",     "sinks",      "position",
-        "scratch",  "twin_bytes", "n_q_heads", "n_columns", "piece",      "columns_before",
-        "scale",    "softcap",    "work",      "n_blocks",  "smem_bytes", "stream",
-        NULL};
+    static char *names[] = {ATTEND_NAMES, "position", "scratch",        "twin_bytes",
+                            "n_columns",  "piece",    "columns_before", NULL};
     PyObject *layer;
-    void *q, *k, *v, *o, *lse, *valid, *sinks, *position, *scratch, *work, *stream;
-    long long q_stride[3], k_stride[3], v_stride[3], twin_bytes;
-    lk_cuda_span_args a = {0};
-    if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O!$O&(LLL)O&(LLL)O&(LLL)O&O&O&O&O&O&LiiiiffO&iiO&:span", names,
-            layer_type(module), &layer, py_to_address, &q, &q_stride[0], &q_stride[1], &q_stride[2],
-            py_to_address, &k, &k_stride[0], &k_stride[1], &k_stride[2], py_to_address, &v,
-            &v_stride[0], &v_stride[1], &v_stride[2], py_to_address, &o, py_to_address, &lse,
-            py_to_address, &valid, py_to_address, &sinks, py_to_address, &position, py_to_address,
-            &scratch, &twin_bytes, &a.n_q_heads, &a.n_columns, &a.piece, &a.columns_before,
-            &a.scale, &a.softcap, py_to_address, &work, &a.n_blocks, &a.smem_bytes, py_to_address,
-            &stream))
-        return NULL;
     int32_t cuda_error = 0;
+    long long twin_bytes;
+    lk_cuda_span_args a = {.cuda_error = &cuda_error};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, ATTEND_FORMAT "O&O&Liii:span", names,
+                                     ATTEND_TARGETS(module, layer, to_3_strides, a), py_to_address,
+                                     &a.position, py_to_address, &a.scratch, &twin_bytes,
+                                     &a.n_columns, &a.piece, &a.columns_before))
+        return NULL;
     a.layer = &((py_layer *)layer)->layer;
-    a.q = q;
-    a.k = k;
-    a.v = v;
-    for (int i = 0; i < 3; i++) {
-        a.q_stride[i] = q_stride[i];
-        a.k_stride[i] = k_stride[i];
-        a.v_stride[i] = v_stride[i];
-    }
-    a.o = o;
-    a.lse = lse;
-    a.valid = valid;
-    a.sinks = sinks;
-    a.position = position;
-    a.scratch = scratch;
     a.twin_bytes = twin_bytes;
-    a.work = work;
-    a.stream = stream;
-    a.cuda_error = &cuda_error;
     const lk_status status = lk_cuda_span(&a);
     if (status == LK_E_SHAPE) return raise_no_room(a.layer, a.n_q_heads, a.smem_bytes);
     return py_done_or_raise(status, "span", cuda_error);
@@ -208,27 +179,15 @@ static PyObject *py_append(PyObject *module, PyObject *args, PyObject *kwargs) {
                             "v_stride",       "valid",  "position", "n_columns",
                             "columns_before", "stream", NULL};
     PyObject *layer;
-    void *k, *v, *valid, *position, *stream;
-    long long k_stride[3], v_stride[3];
-    lk_cuda_append_args a = {0};
-    if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O!$O&(LLL)O&(LLL)O&O&iiO&:append", names, layer_type(module), &layer,
-            py_to_address, &k, &k_stride[0], &k_stride[1], &k_stride[2], py_to_address, &v,
-            &v_stride[0], &v_stride[1], &v_stride[2], py_to_address, &valid, py_to_address,
-            &position, &a.n_columns, &a.columns_before, py_to_address, &stream))
-        return NULL;
     int32_t cuda_error = 0;
+    lk_cuda_append_args a = {.cuda_error = &cuda_error};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!$O&O&O&O&O&O&iiO&:append", names,
+                                     layer_type(module), &layer, py_to_address, &a.k, to_3_strides,
+                                     a.k_stride, py_to_address, &a.v, to_3_strides, a.v_stride,
+                                     py_to_address, &a.valid, py_to_address, &a.position,
+                                     &a.n_columns, &a.columns_before, py_to_address, &a.stream))
+        return NULL;
     a.layer = &((py_layer *)layer)->layer;
-    a.k = k;
-    a.v = v;
-    for (int i = 0; i < 3; i++) {
-        a.k_stride[i] = k_stride[i];
-        a.v_stride[i] = v_stride[i];
-    }
-    a.valid = valid;
-    a.position = position;
-    a.stream = stream;
-    a.cuda_error = &cuda_error;
     const lk_status status = lk_cuda_append(&a);
     return py_done_or_raise(status, "append", cuda_error);
 }

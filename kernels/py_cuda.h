@@ -7,7 +7,7 @@
 
 #include "leank_cuda.h"
 
-/* For "O&": an address crosses as an int; None is NULL. */
+/* For "O&": an address crosses as an int; None is NULL. `out` points to a pointer of any type. */
 int py_to_address(PyObject *object, void *out);
 
 /* None, or the exception for a status; `what` failed. */

@@ -34,16 +34,14 @@ static int to_dtype(PyObject *object, void *out) {
 /* (address, strides of b, h and column in elements). */
 static int to_strided(PyObject *object, void *out) {
     lk_strided *x = out;
-    void *data;
     long long stride[3];
     if (!PyTuple_Check(object)) {
         PyErr_SetString(PyExc_TypeError, "expected a tuple (address, stride, stride, stride)");
         return 0;
     }
-    if (!PyArg_ParseTuple(object, "O&LLL;expected an address and 3 strides", py_to_address, &data,
-                          &stride[0], &stride[1], &stride[2]))
+    if (!PyArg_ParseTuple(object, "O&LLL;expected an address and 3 strides", py_to_address,
+                          &x->data, &stride[0], &stride[1], &stride[2]))
         return 0;
-    x->data = data;
     for (int i = 0; i < 3; i++) x->stride[i] = stride[i];
     return 1;
 }
@@ -53,11 +51,10 @@ static int to_strided(PyObject *object, void *out) {
         "recent", "scale", "work", "n_blocks", "smem_bytes", "stream"
 #define CALL_FORMAT "O&O&O&O&O&O&O&O&O&O&LLfO&iiO&"
 
-/* What both directions take: arguments and launch, and what the parser writes before it is copied there. */
+/* What both directions take: arguments and launch, and what the parser writes in another type. */
 typedef struct {
     lk_learn_args args;
     lk_cuda_learn_launch launch;
-    void *alpha, *start, *hidden;
     long long sink, recent;
     int32_t cuda_error;
 } call;
@@ -65,15 +62,12 @@ typedef struct {
 #define CALL_TARGETS(c)                                                                            \
     to_dtype, &(c)->args.dtype, to_sizes, &(c)->args, to_strided, &(c)->args.q, to_strided,        \
         &(c)->args.k_context, to_strided, &(c)->args.v_context, to_strided, &(c)->args.k,          \
-        to_strided, &(c)->args.v, py_to_address, &(c)->alpha, py_to_address, &(c)->start,          \
-        py_to_address, &(c)->hidden, &(c)->sink, &(c)->recent, &(c)->args.scale, py_to_address,    \
-        &(c)->launch.work, &(c)->launch.n_blocks, &(c)->launch.smem_bytes, py_to_address,          \
-        &(c)->launch.stream
+        to_strided, &(c)->args.v, py_to_address, &(c)->args.alpha, py_to_address,                  \
+        &(c)->args.start, py_to_address, &(c)->args.hidden, &(c)->sink, &(c)->recent,              \
+        &(c)->args.scale, py_to_address, &(c)->launch.work, &(c)->launch.n_blocks,                 \
+        &(c)->launch.smem_bytes, py_to_address, &(c)->launch.stream
 
 static void finish_call(call *c) {
-    c->args.alpha = c->alpha;
-    c->args.start = c->start;
-    c->args.hidden = c->hidden;
     c->args.sink = c->sink;
     c->args.recent = c->recent;
     c->launch.cuda_error = &c->cuda_error;
@@ -108,15 +102,13 @@ PyObject *py_learn_backward(PyObject *module, PyObject *args, PyObject *kwargs) 
     (void)module;
     call c = {0};
     lk_learn_grads grads = {0};
-    void *lse, *dalpha;
-    if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "$" CALL_FORMAT "O&O&O&O&O&O&O&:learn_backward", names, CALL_TARGETS(&c),
-            to_strided, &grads.d_o, to_strided, &grads.o, py_to_address, &lse, py_to_address,
-            &grads.dq, py_to_address, &grads.dk, py_to_address, &grads.dv, py_to_address, &dalpha))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$" CALL_FORMAT "O&O&O&O&O&O&O&:learn_backward",
+                                     names, CALL_TARGETS(&c), to_strided, &grads.d_o, to_strided,
+                                     &grads.o, py_to_address, &grads.lse, py_to_address, &grads.dq,
+                                     py_to_address, &grads.dk, py_to_address, &grads.dv,
+                                     py_to_address, &grads.dalpha))
         return NULL;
     finish_call(&c);
-    grads.lse = lse;
-    grads.dalpha = dalpha;
     const lk_status status = lk_cuda_learn_backward(&c.args, &grads, &c.launch);
     return py_done_or_raise(status, "learn_backward", c.cuda_error);
 }
