@@ -69,6 +69,34 @@ def left_padded(counts, n_columns=None):
 
 
 @pytest.fixture
+def fresh_compiler():
+    """Count graphs of torch.compile from zero, and leave none behind."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def place(request):
+    """Where models of tests of a GPU's code are: see cuda_model_tools."""
+    from .cuda_model_tools import place_of
+
+    yield from place_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def one(place):
+    """Return a tiny Llama there, in bfloat16."""
+    from .cuda_model_tools import small
+
+    return small(place)
+
+
+@pytest.fixture
 def reference_mask():
     """Return where a mask of the reference implementation is; skip if it is not here."""
     folder = os.environ.get("LEANK_REFERENCE_MASKS", Path(__file__).parents[2] / "shared" / "masks")

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from torch._dynamo.utils import counters
 
 import leank
 
@@ -65,3 +66,9 @@ def word_tokenizer(shift=0):
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "<unk>": 2} | ids, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+
+
+def graphs(expected):
+    """Require so many graphs so far, and that nothing was left out of them: see fresh_compiler."""
+    assert counters["stats"]["unique_graphs"] == expected
+    assert not counters["graph_break"]

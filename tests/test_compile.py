@@ -18,7 +18,7 @@ import leank  # noqa: E402
 from leank.models import inspect_structure  # noqa: E402
 
 from .families import FAMILIES, mask_for  # noqa: E402
-from .hf_tools import close, forward  # noqa: E402
+from .hf_tools import close, forward, graphs  # noqa: E402
 from .test_generate import case  # noqa: E402
 from .test_hf_refusals import stop_half_way  # noqa: E402
 from .test_static import assert_stored, both, ids_of, stored  # noqa: E402
@@ -33,22 +33,8 @@ from .tiny_models import (  # noqa: E402
     wide,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 DEPRECATED = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # inductor's
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    """Count graphs from zero, and leave none behind."""
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
-
-
-def graphs(expected):
-    """Require so many graphs so far, and that nothing was left out of them."""
-    assert counters["stats"]["unique_graphs"] == expected
-    assert not counters["graph_break"]
 
 
 def no_more_graphs():

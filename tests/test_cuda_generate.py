@@ -18,7 +18,6 @@ from . import cuda_parallel  # noqa: E402
 from .cuda_emulated import no_reads  # noqa: E402
 from .cuda_model_tools import (  # noqa: E402
     NAMES,
-    PLACES,
     WINDOW,
     D,
     Forced,
@@ -28,39 +27,23 @@ from .cuda_model_tools import (  # noqa: E402
     eager,
     filled,
     forward,
-    graphs,
-    place_of,
     pruned,
     run,
     small,
     steps,
 )
 from .families import FAMILIES  # noqa: E402
+from .hf_tools import graphs  # noqa: E402
 from .processes import run_two  # noqa: E402
 from .tiny_models import VOCAB, N, generate, oracle, prompts, tiny  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what inductor imports warns about itself
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # what inductor imports warns about itself
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 # Lengths of the rows' prompts. Pages retire their dropped channels in the long ones.
 CASES = {"one row": [30], "padded": [40, 12, 1], "one token": [1, 1], "long": [150, 90, 60]}
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def place(request):
-    yield from place_of(request)
-
-
-@pytest.fixture(scope="module")
-def one(place):
-    return small(place)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=NAMES.get)

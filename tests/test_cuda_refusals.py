@@ -8,38 +8,22 @@ pytest.importorskip("transformers")
 import leank  # noqa: E402
 
 from .cuda_model_tools import (  # noqa: E402
-    PLACES,
     D,
     compiled,
     draw,
     filled,
     forward,
-    place_of,
     pruned,
     run,
-    small,
     steps,
 )
 from .families import FAMILIES  # noqa: E402
 from .tiny_models import generate, prompts, tiny  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what inductor imports warns about itself
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def place(request):
-    yield from place_of(request)
-
-
-@pytest.fixture(scope="module")
-def one(place):
-    return small(place)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    yield
-    torch.compiler.reset()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # what inductor imports warns about itself
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 
 @pytest.mark.parametrize(

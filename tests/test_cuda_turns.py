@@ -15,17 +15,14 @@ from leank.evaluation.items import CONTINUATION  # noqa: E402
 from leank.evaluation.methods import DENSE, Method  # noqa: E402
 
 from .cuda_model_tools import (  # noqa: E402
-    PLACES,
     WINDOW,
     D,
     Models,
     draw,
     filled,
     forward,
-    place_of,
     pruned,
     run,
-    small,
     steps,
 )
 from .eval_tools import LONG, make_corpus, make_suite  # noqa: E402
@@ -34,16 +31,6 @@ from .test_eval import Numbers  # noqa: E402
 from .tiny_models import generate, prompts, tiny  # noqa: E402
 
 SLACK = WINDOW["slack"]
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def place(request):
-    yield from place_of(request)
-
-
-@pytest.fixture(scope="module")
-def one(place):
-    return small(place)
 
 
 def turn(models, cache, ids, real, new, n_prompt=80):
