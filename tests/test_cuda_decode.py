@@ -7,15 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leank import LayerCache
-from leank import decode as cpu_decode
-
-from .compare import assert_within_budget
 from .compare import decode as widen
 from .conftest import draw, left_padded, random_keep
-from .cuda_tools import assert_same_contents, make, needs_gpu, to_coded, to_gpu, torch
-from .reference import History
-from .test_decode import expected
+from .cuda_tools import make, needs_gpu, pretend, run_steps, to_coded, to_gpu, torch
 
 pytestmark = needs_gpu
 _cuda_ops = pytest.importorskip("leank._cuda_ops", reason="leank was built without CUDA")
@@ -122,62 +116,6 @@ for window in [
     }
 
 
-def run_steps(case, seed, dtype):
-    """Run the steps on the GPU, the CPU and a history; check outputs and what is stored."""
-    rng = np.random.default_rng(seed)
-    keep = random_keep(rng, case["D"], case["widths"])
-    window = dict(zip(("sink", "recent", "slack"), case["window"], strict=True))
-    n_rows = next(len(step[1]) for step in case["steps"] if step[0] in ("append", "decode"))
-    history = History(n_rows, page=64, **window)
-    options = {"n_rows": n_rows, **window}
-    n_columns = sum(max(step[1]) for step in case["steps"] if step[0] in ("append", "decode"))
-    gpu = make(keep, dtype, max_tokens=n_columns, **options)
-    cpu = LayerCache(keep, dtype=dtype, **options)
-    for i, (op, *args) in enumerate(case["steps"]):
-        if op in ("crop", "select"):
-            for cache in (history, gpu, cpu):
-                argument = np.array(args[0]) if cache is cpu and op == "select" else args[0]
-                getattr(cache, op)(argument)
-            assert_same_contents(gpu, cpu, dtype)
-            continue
-        valid = left_padded(args[0])
-        shape = (len(valid), len(keep), valid.shape[1], case["D"])
-        k, v = draw(rng, dtype, *shape), draw(rng, dtype, *shape)
-        q = draw(rng, dtype, shape[0], shape[1] * case["R"], shape[2], case["D"])
-        history.put(k, v, valid)
-        if op == "append":
-            gpu.append(to_gpu(k), to_gpu(v), to_gpu(valid))
-            cpu.append(k, v, valid)
-        else:
-            out, lse = decode_on_gpu(gpu, q, k, v, valid)
-            other = cpu_decode(cpu, q, k, v, valid=valid)
-            check(history, keep, q, out, lse, widen(other, dtype), dtype, f"step {i}")
-        history.settle()
-        assert_same_contents(gpu, cpu, dtype)
-
-
-def decode_on_gpu(cache, q, k, v, valid, **options):
-    from leank.cuda import decode
-
-    out, lse = decode(
-        cache, to_gpu(q), to_gpu(k), to_gpu(v), valid=to_gpu(valid), return_lse=True, **options
-    )
-    return to_coded(out), lse.cpu().numpy()
-
-
-def check(history, keep, q, out, lse, other, dtype, label):
-    """Compare with the truth, and the CPU's result with it too."""
-    for b in range(len(q)):
-        got, wanted = widen(out[b], dtype), expected(history, b, q[b], keep, dtype)
-        if wanted is None or history.positions(b, 1) == [-1]:
-            assert not got.any(), f"{label} row {b}"
-            assert np.isneginf(lse[b]).all()
-            continue
-        assert_within_budget(got, *wanted, dtype, f"{label} row {b}")
-        assert_within_budget(other[b], *wanted, dtype, f"{label} row {b} on the CPU")
-        assert np.isfinite(lse[b]).all()
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_equals_rule(name, dtype):
@@ -199,13 +137,9 @@ def fixed_smem_bytes(case):
 def test_few_blocks_and_short_rings(monkeypatch, name, n_blocks, n_stages):
     """Few blocks cut the work into many chunks; a short ring is used again and again."""
     case = DEFAULT | CASES[name]
-    _cuda_ops.workspace(0)  # is kept, and has to be that of the real device
-    info = dict(_cuda_ops._device_info(0))
-    stage_bytes = 256 * case["D"]
-    fixed_bytes = fixed_smem_bytes(case)
-    info |= {"n_blocks": n_blocks, "smem_bytes": fixed_bytes + n_stages * stage_bytes}
-    assert info["smem_bytes"] <= _cuda_ops._device_info(0)["smem_bytes"]
-    monkeypatch.setattr(_cuda_ops, "_device_info", lambda device: info)
+    smem_bytes = fixed_smem_bytes(case) + n_stages * 256 * case["D"]
+    assert smem_bytes <= _cuda_ops._device_info(0)["smem_bytes"]
+    pretend(monkeypatch, n_blocks=n_blocks, smem_bytes=smem_bytes)
     run_steps(case, len(name), "bfloat16")
 
 

@@ -8,8 +8,8 @@ from leank import LayerCache, decode
 from .compare import EPS, assert_within_budget, encode
 from .compare import decode as widen
 from .conftest import DTYPES, random_keep
+from .decode_tools import expected
 from .reference import History
-from .test_decode import expected
 
 HEADS, D, L = (0, 8, 32), 32, 140
 WINDOW = {"sink": 3, "recent": 30, "slack": 0}
