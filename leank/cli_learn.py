@@ -324,7 +324,7 @@ def _line(plan: Plan, target: Target, mask: ChannelMask) -> str:
 
 
 def _show(plan: Plan, tokenizer: Any, n: int) -> None:
-    from leank.learning.data import describe
+    from leank.learning.sample import describe
 
     for i in range(min(n, len(plan.feed.train))):
         typer.echo(describe(plan.feed.train[i], tokenizer))

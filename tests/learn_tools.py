@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from leank.learning.data import Batch
+from leank.learning.sample import Batch
 
 from .tiny_models import VOCAB
 

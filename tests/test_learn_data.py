@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  
 from tokenizers.trainers import BpeTrainer  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from leank.learning import data, tasks, text  # noqa: E402
-from leank.learning.data import collate, describe, samples  # noqa: E402
+from leank.learning import tasks, text  # noqa: E402
+from leank.learning.data import samples  # noqa: E402
+from leank.learning.sample import Sample, collate, describe  # noqa: E402
 from leank.learning.tasks import ALL_KINDS, CONTINUATION, KINDS, score  # noqa: E402
 from leank.learning.text import PARTS, Corpus, DataError, split  # noqa: E402
 
@@ -360,7 +361,7 @@ def test_batches_are_padded_on_the_left(corpus, chat):
 
 def test_a_batch_has_context_in_each_row(corpus, chat):
     batch = list(samples(corpus, "train", chat, kinds=["single"], lengths=200, n=2))
-    tiny = data.Sample("single", batch[0].context[:3], batch[0].span[-4:], (0, 4), ("1",), ())
+    tiny = Sample("single", batch[0].context[:3], batch[0].span[-4:], (0, 4), ("1",), ())
     for wrong in ([], [batch[0], tiny]):
         with pytest.raises(DataError, match=r"^batch: expected .*, got "):
             collate(wrong)

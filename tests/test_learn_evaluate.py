@@ -13,8 +13,9 @@ pytest.importorskip("transformers")
 
 import leank  # noqa: E402
 from leank.learning import evaluate as module  # noqa: E402
-from leank.learning.data import Sample, collate, samples  # noqa: E402
+from leank.learning.data import samples  # noqa: E402
 from leank.learning.evaluate import evaluate  # noqa: E402
+from leank.learning.sample import Sample, collate  # noqa: E402
 from leank.learning.span import SpanModel, loss_of  # noqa: E402
 from leank.learning.tasks import ALL_KINDS, CONTINUATION  # noqa: E402
 from leank.learning.text import split  # noqa: E402

@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from leank.learning import graphs  # noqa: E402
-from leank.learning.data import Sample, collate  # noqa: E402
 from leank.learning.graphs import Gradients, aligned, gradient_of  # noqa: E402
+from leank.learning.sample import Sample, collate  # noqa: E402
 from leank.learning.span import SpanModel  # noqa: E402
 
 from .learn_tools import random_alpha  # noqa: E402

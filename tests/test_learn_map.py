@@ -13,9 +13,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from leank.learning import run as run_module  # noqa: E402
-from leank.learning.data import Sample, collate  # noqa: E402
 from leank.learning.evaluate import evaluate  # noqa: E402
 from leank.learning.plan import Plan  # noqa: E402
+from leank.learning.sample import Sample, collate  # noqa: E402
 from leank.learning.scores import second_moments  # noqa: E402
 from leank.learning.span import SpanModel, loss_of  # noqa: E402
 

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 import leank  # noqa: E402
 from leank.learning import span  # noqa: E402
-from leank.learning.data import Sample, collate  # noqa: E402
+from leank.learning.sample import Sample, collate  # noqa: E402
 from leank.learning.span import SpanModel, error_of, loss_of  # noqa: E402
 from leank.models import inspect_structure  # noqa: E402
 

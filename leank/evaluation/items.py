@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from leank.evaluation import ruler
-from leank.learning.data import Prompt, Sample, Samples, Written
+from leank.learning.data import Prompt, Samples, Written
+from leank.learning.sample import Sample
 from leank.learning.tasks import CONTINUATION, KINDS
 from leank.learning.text import Corpus, DataError
 

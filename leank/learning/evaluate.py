@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from leank.learning.data import Batch, Sample, collate
+from leank.learning.sample import Batch, Sample, collate
 from leank.learning.span import Dense, SpanModel, token_errors
 from leank.learning.tasks import ALL_KINDS, CONTINUATION
 from leank.masks import kept_shares

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from leank.learning.data import Batch, Sample, Samples, collate
+from leank.learning.data import Samples
 from leank.learning.parallel import World, local_size, share
+from leank.learning.sample import Batch, Sample, collate
 from leank.learning.tasks import ALL_KINDS, CONTINUATION
 from leank.learning.text import Corpus, DataError, default_text, read_text, split
 

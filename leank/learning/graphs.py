@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from leank.learning.data import Batch
+from leank.learning.sample import Batch
 from leank.learning.span import SpanModel, error_of
 
 # Shapes are multiples of these. Few enough that they come again, and little more to compute.

@@ -17,8 +17,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
-from leank.learning.data import Batch
 from leank.learning.ops import mixed_attention
+from leank.learning.sample import Batch
 from leank.models import Layout, inspect_learnable
 
 _NAME, _CHUNK_NAME = "leank_learn", "leank_learn_chunk"

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from leank.learning.budget import choose_channels
-from leank.learning.data import Batch
 from leank.learning.graphs import Gradients
 from leank.learning.parallel import Alone, World
+from leank.learning.sample import Batch
 from leank.learning.span import SpanModel
 from leank.learning.validation import Validation
 from leank.masks import ChannelMask

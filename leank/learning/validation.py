@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from leank.learning.data import Batch
 from leank.learning.parallel import Alone, World
+from leank.learning.sample import Batch
 from leank.learning.span import Dense, SpanModel, loss_of
 
 
