@@ -17,16 +17,13 @@ import leank  # noqa: E402
 
 from . import cuda_emulated  # noqa: E402
 from .cuda_model_tools import (  # noqa: E402
-    PLACES,
     WINDOW,
     D,
     Models,
     draw,
     filled,
     forward,
-    place_of,
     pruned,
-    small,
     steps,
 )
 from .families import FAMILIES  # noqa: E402
@@ -34,16 +31,6 @@ from .tiny_models import prompts  # noqa: E402
 
 SLACK = WINDOW["slack"]
 HALF_CHANGED = "cache: expected one that is whole, got one that {} left half changed"
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def place(request):
-    yield from place_of(request)
-
-
-@pytest.fixture(scope="module")
-def one(place):
-    return small(place)
 
 
 # ------------------------------------------------------------------------------------------- faults
