@@ -1,8 +1,9 @@
-/* append.cu: T columns into pages and twins, for a prompt or a span; and crop. See leank_cuda.h. */
+/* append.cu: T columns into pages and twins, for a prompt or a span; crop; and what a step's mask says. See leank_cuda.h. */
 #include "append.cuh"
 #include "state.cuh"
 
 #define PLACE_THREADS 256
+#define STEP_COLUMNS 8 /* of one thread of step_columns_kernel */
 #define STORE_TOKENS                                                                               \
     16 /* tokens of one block of store_kernel: a group of a page, if they are in one */
 
@@ -102,6 +103,26 @@ __global__ void crop_kernel(const __grid_constant__ lk_cuda_layer layer, int32_t
     layer.state[LK_STATE_OVERFLOW] = 0;
 }
 
+/* Blocks of column y of the grid share the columns of row y. */
+__global__ void __launch_bounds__(PLACE_THREADS)
+    step_columns_kernel(const __grid_constant__ lk_cuda_layer layer, const uint8_t *mask,
+                        int64_t mask_b, uint8_t *valid, int32_t *misfit) {
+    const int64_t b = blockIdx.y;
+    const int32_t now = layer.state[LK_STATE_COLUMNS];
+    const uint8_t *real = layer.real + b * layer.real_stride, *seen = mask + b * mask_b;
+    bool is_wrong = false;
+    for (int32_t i = 0; i < STEP_COLUMNS; i++) {
+        const int32_t c =
+            ((int32_t)blockIdx.x * STEP_COLUMNS + i) * PLACE_THREADS + (int32_t)threadIdx.x;
+        if (c >= layer.max_tokens) break;
+        const bool is_seen = mask ? seen[c] != 0 : c <= now;
+        is_wrong |= c != now && is_seen != (c < now && real[c] != 0);
+    }
+    if (is_wrong) atomicMin(misfit, now);
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        valid[b] = !mask || seen[min(now, layer.max_tokens - 1)] != 0;
+}
+
 /* ----------------------------------------------------------------------------------------------- launchers */
 
 template <typename T>
@@ -145,5 +166,17 @@ lk_status lk_cuda_crop(const lk_cuda_layer *layer, int32_t n_columns, void *stre
     if (n_columns < 0 || n_columns > layer->real_stride) return LK_E_VALUE;
     crop_kernel<<<(unsigned)layer->n_rows, LK_WARP, 0, static_cast<cudaStream_t>(stream)>>>(
         *layer, n_columns);
+    return lk_cuda_launched(cudaGetLastError(), static_cast<cudaStream_t>(stream), cuda_error);
+}
+
+lk_status lk_cuda_step_columns(const lk_cuda_layer *layer, const uint8_t *mask, int64_t mask_b,
+                               uint8_t *valid, int32_t *misfit, void *stream, int32_t *cuda_error) {
+    *cuda_error = 0;
+    if (layer->n_rows < 1 || layer->n_rows > 65535 || layer->max_tokens < 1) return LK_E_SHAPE;
+    if (!valid || !misfit || mask_b < 0) return LK_E_VALUE;
+    const int32_t n_each = STEP_COLUMNS * PLACE_THREADS;
+    const dim3 grid((unsigned)((layer->max_tokens - 1) / n_each + 1), (unsigned)layer->n_rows);
+    step_columns_kernel<<<grid, PLACE_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
+        *layer, mask, mask_b, valid, misfit);
     return lk_cuda_launched(cudaGetLastError(), static_cast<cudaStream_t>(stream), cuda_error);
 }

@@ -121,6 +121,14 @@ typedef struct {
 
 lk_status lk_cuda_append(const lk_cuda_append_args *args);
 
+/* What the attention mask of a step of one column says: valid [B] whether the column is a token of the row; *misfit becomes
+ * the number of that column, if it is less, where the mask hides a stored token, or shows anything else but the new column.
+ *   mask [B, max_tokens] non-zero where the column is seen, rows mask_b bytes apart (0: one for all); NULL = all up to the new
+ *   one
+ * A step beyond the end is noted by lk_cuda_attend. */
+lk_status lk_cuda_step_columns(const lk_cuda_layer *layer, const uint8_t *mask, int64_t mask_b,
+                               uint8_t *valid, int32_t *misfit, void *stream, int32_t *cuda_error);
+
 /* ------------------------------------------------------------------------------- attend with spans (span.cu) */
 
 /* Append T columns and attend with each: as lk_cuda_append, and as lk_cuda_attend of one column after the other would.

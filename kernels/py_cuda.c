@@ -205,6 +205,20 @@ static PyObject *py_crop(PyObject *module, PyObject *args) {
     return py_done_or_raise(status, "crop", cuda_error);
 }
 
+static PyObject *py_step_columns(PyObject *module, PyObject *args) {
+    PyObject *layer;
+    void *mask, *valid, *misfit, *stream;
+    long long mask_b;
+    if (!PyArg_ParseTuple(args, "O!O&LO&O&O&:step_columns", layer_type(module), &layer,
+                          py_to_address, &mask, &mask_b, py_to_address, &valid, py_to_address,
+                          &misfit, py_to_address, &stream))
+        return NULL;
+    int32_t cuda_error = 0;
+    const lk_status status = lk_cuda_step_columns(&((py_layer *)layer)->layer, mask, mask_b, valid,
+                                                  misfit, stream, &cuda_error);
+    return py_done_or_raise(status, "step_columns", cuda_error);
+}
+
 static PyObject *py_gather(PyObject *module, PyObject *args) {
     PyObject *layer;
     int row, n_tokens;
@@ -356,6 +370,7 @@ static PyMethodDef methods[] = {
     {"span_piece", (PyCFunction)(void (*)(void))py_span_piece, METH_VARARGS | METH_KEYWORDS, "Columns of a piece, and bytes of scratch: see lk_cuda_span_piece."},
     {"append", (PyCFunction)(void (*)(void))py_append, METH_VARARGS | METH_KEYWORDS, "Append columns: see lk_cuda_append."},
     {"crop", py_crop, METH_VARARGS, "crop(layer, n_columns, stream)"},
+    {"step_columns", py_step_columns, METH_VARARGS, "step_columns(layer, mask, mask_b, valid, misfit, stream)"},
     {"gather", py_gather, METH_VARARGS, "gather(layer, row, n_tokens, k, v, stream)"},
     {"copy_pages", py_copy_pages, METH_VARARGS, "copy_pages(to, from, pairs, n_pairs, page_bytes, twin_bytes, stream)"},
     {"geometry", py_geometry, METH_VARARGS, "geometry(keep, n_heads, head_dim) -> (geom, page_bytes, twin_bytes)"},

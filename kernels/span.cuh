@@ -18,7 +18,7 @@
 /* --------------------------------------------------------------------------------------------------- parts */
 
 /* Shares are cut in two, not more: a block has to get ready for each part. */
-#define LK_SPAN_HALVINGS 1
+#define LK_SPAN_HALVINGS 0
 
 template <typename T, int D>
 __device__ __forceinline__ void open_chunk(const span_params &p, const span_smem<T, D> &s) {

@@ -133,7 +133,10 @@ def _rows(name: str, x: torch.Tensor | None, n_axes: int = 2) -> tuple[int | Non
     if x is None:
         return None, (0,) * n_axes
     address, strides = x.data_ptr(), x.stride()[:n_axes]
-    if (address | 2 * functools.reduce(int.__or__, strides)) % 16:
+    bits = address
+    for n in strides:
+        bits |= 2 * n
+    if bits % 16:
         used = [n for n, size in zip(strides, x.shape, strict=False) if size > 1]
         if address % 16 or any(n % 8 for n in used):
             raise ValueError(
@@ -156,9 +159,9 @@ def launch_attend(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend with arguments that were checked; returns out, and lse or None."""
-    (q_at, q_stride), (k_at, k_stride), (v_at, v_stride) = (
-        _rows(name, x) for name, x in (("q", q), ("k", k), ("v", v))
-    )
+    q_at, q_stride = _rows("q", q)
+    k_at, k_stride = _rows("k", k)
+    v_at, v_stride = _rows("v", v)
     device = q.device
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
@@ -255,19 +258,23 @@ def _columns(state):
 
 
 def _step_columns(mask, memory, state, misfit):
-    real = find_cache(memory)._real
-    n_rows, room = real.shape
-    now, column = state[_cuda.STATE_COLUMNS], torch.arange(room, device=real.device)
-    if mask is None:
-        allowed = column <= now
-    else:
-        allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
-    allowed = allowed.expand(n_rows, room)
-    stored = (real != 0) & (column < now)
-    fits = ((allowed == stored) | (column == now)).all()
-    misfit.clamp_(max=torch.add(now, fits, alpha=NO_COLUMN))
-    # A step beyond the end is noted by `attend`.
-    return allowed.index_select(1, now.clamp(max=room - 1).view(1))
+    cache = find_cache(memory)
+    stride = 0
+    if mask is not None:
+        mask = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
+        mask = mask if mask.stride(1) == 1 else mask.contiguous()
+        stride = mask.stride(0) if len(mask) > 1 else 0  # of one mask for all rows
+    valid = torch.empty(cache.n_rows, 1, dtype=torch.bool, device=state.device)
+    with torch.cuda.device(state.device):
+        _cuda.step_columns(
+            cache.layer_at(state),
+            _pointer(mask),
+            stride,
+            valid.data_ptr(),
+            misfit.data_ptr(),
+            current_stream(state.device.index),
+        )
+    return valid
 
 
 def _append(k, v, valid, slab, state, real, table, geom, columns_before, limits):
@@ -325,12 +332,12 @@ for _name, _function in (
     ("crop", _crop),
     ("gather", _gather),
     ("copy_pages", _copy_pages),
+    ("step_columns", _step_columns),
 ):
     _LIBRARY.impl(_name, _function, "CUDA")
 
 
 _LIBRARY.impl("columns", _columns, "CompositeExplicitAutograd")
-_LIBRARY.impl("step_columns", _step_columns, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("leank::columns", lib=_LIBRARY)

@@ -133,9 +133,8 @@ def step(
     if n_columns != 1:
         return _span(cache, q, k, v, valid, sinks, scale, softcap, return_lse, graph_state)
     n_new = int(k is not None)
-    in_graph, layer = graph_state is not None, cache._layer
-    if in_graph and graph_state.data_ptr() != cache._state.data_ptr():
-        layer = cache._layer_with(graph_state)
+    in_graph = graph_state is not None
+    layer = cache.layer_at(graph_state) if in_graph else cache._layer
     if torch.cuda.is_current_stream_capturing():
         cache.may_be_replayed = in_graph = True
     # The device counts by itself; to ask it is to wait for it.
@@ -152,14 +151,15 @@ def _span(cache, q, k, v, valid, sinks, scale, softcap, return_lse, graph_state)
         raise RuntimeError(
             f"q: expected one column in a step that is compiled or captured, got {n_columns}"
         )
-    before, most = cache._count(n_columns), _most_columns(cache, n_columns)
+    before = cache._count(n_columns)
+    most = _most_columns(cache, before, n_columns)
     with cache._changing("decode"):
         out = launch_span(cache, q, k, v, valid, sinks, scale, softcap, return_lse, before, most)
     cache._columns, cache.is_empty = before + n_columns, False
     return out
 
 
-def _most_columns(cache: LayerCache, n_columns: int) -> int | None:
+def _most_columns(cache: LayerCache, before: int, n_columns: int) -> int | None:
     """Columns of a call that may be stored before they attend, None: any; may wait.
 
     Storing so many frees no channel that one of them needs.
@@ -181,7 +181,7 @@ def _most_columns(cache: LayerCache, n_columns: int) -> int | None:
         )
     if (is_open | is_cut).any():
         return most
-    cache._prompt_end = cache.n_columns
+    cache._prompt_end = before
     return None
 
 

@@ -56,6 +56,7 @@ class _Call:
         self.dense = ""  # why the answer is dense
         self.cache: LeanKCache | None = None
         self.is_assistant = False
+        self.gpus: list[int] = []
         self.n_columns = 0  # in the cache before the call
 
 
@@ -73,9 +74,7 @@ def _generate(self, *args, **kwargs):
     finally:
         _current.reset(token)
     # By any layer: one that attends by itself would be dense, and no other would show it.
-    unused = call.cache is not None and any(
-        layer.n_columns == call.n_columns for layer in call.cache.packed
-    )
+    unused = call.cache is not None and call.n_columns in call.cache.counts()
     if not call.prepared or unused:
         missed = "use the model's cache" if call.prepared else "ask the model for its cache"
         raise RuntimeError(
@@ -112,7 +111,7 @@ def _prepare_cache(
         call.dense = "use_cache is False"
     else:
         _refuse(generation_config)
-        gpus = handle.gpus()
+        gpus = call.gpus = handle.gpus()
         if gpus:
             _refuse_on_gpu(generation_config)
         # Graphs end where layers change their GPU; with tensor parallelism they are untried.
@@ -134,7 +133,7 @@ def _prepare_cache(
             return None
         if generation_config.use_cache is False:
             raise ValueError("use_cache: expected True with a LeanKCache, got False")
-        handle.check_cache(given)
+        handle.check_cache(given, gpus)
         if not call.is_assistant:
             given.stop_past_recording()
         call.cache, call.n_columns = given, given.n_columns
@@ -148,7 +147,8 @@ def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
     handle = patch_of(self)
     _announce(input_ids, model_kwargs, cut=handle.prefill == "pruned")
     before = generation_config.disable_compile
-    if handle.gpus():
+    call = _current.get()
+    if handle.gpus() if call is None else call.gpus:
         generation_config.disable_compile = True  # its chunks: a graph there takes one token
     try:
         return type(self)._prefill(

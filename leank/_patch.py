@@ -86,13 +86,7 @@ class Patch:
 
     def make_cache(self, max_cache_len: int | None = None) -> LeanKCache:
         """Return an empty cache with the patch's mask and window."""
-        if self.model.training and any(
-            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
-        ):
-            raise ValueError(
-                "model: expected no gradient checkpointing in training mode, in which transformers "
-                "drops every cache; call model.eval() first"
-            )
+        _refuse_checkpointing(self.model)
         cache = LeanKCache(
             self.mask,
             **self.window,
@@ -102,6 +96,7 @@ class Patch:
         )
         if not self.layout.interface:
             cache.sdpa = attention.sdpa
+        cache.of_patch = weakref.ref(self)
         return cache
 
     def _apply(self) -> None:
@@ -134,8 +129,12 @@ class Patch:
                 state.pop(name, None)
             state.update(self._compiled)
 
-    def check_cache(self, cache: LeanKCache) -> None:
-        """Require that a user's cache prunes as this patch does."""
+    def check_cache(self, cache: LeanKCache, gpus: list[int]) -> None:
+        """Require that a user's cache prunes as this patch does, on these GPUs or the CPU."""
+        _refuse_checkpointing(self.model)
+        of_patch = cache.of_patch() if cache.of_patch is not None else None
+        if of_patch is self and (cache.packed[0].device_type == "cuda") == bool(gpus):
+            return
         own = self.make_cache(cache.max_cache_len)
         if len(own) != len(cache):
             _refuse_cache("layers", len(own), len(cache))
@@ -153,7 +152,17 @@ class Patch:
             for name, value in mine.window.items():
                 if value != given.window[name]:
                     _refuse_cache(name, value, given.window[name])
-        cache.sdpa = own.sdpa
+        cache.sdpa, cache.of_patch = own.sdpa, weakref.ref(self)
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    if model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    ):
+        raise ValueError(
+            "model: expected no gradient checkpointing in training mode, in which transformers "
+            "drops every cache; call model.eval() first"
+        )
 
 
 def patch(

@@ -222,11 +222,13 @@ def layers_text(layers: Iterable[int]) -> str:
 
 def device_of(module: nn.Module) -> torch.device:
     """Return where a module with weights computes; accelerate's hooks may keep them elsewhere."""
-    first = getattr(module, "_hf_hook", None)
+    first = module.__dict__.get("_hf_hook")
     for hook in getattr(first, "hooks", [first]):  # of several, a SequentialHook
         if getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)
-    return next(module.parameters()).device
+    own = (x for x in module._parameters.values() if x is not None)
+    weight = next(own, None)
+    return (next(module.parameters()) if weight is None else weight).device
 
 
 @contextlib.contextmanager

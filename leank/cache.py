@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -131,6 +132,7 @@ class LeanKCache(Cache):
                 layers[i] = LeanKStateLayer(keep, layers[i].number_of_states, **window)
         super().__init__(layers=layers)
         indices = [i for i, layer in enumerate(layers) if isinstance(layer, LeanKLayer)]
+        self.packed: list[LeanKLayer] = [layers[i] for i in indices]  # those that are pruned
         self.first_packed, self.last_packed = indices[0], indices[-1]
         self.max_cache_len = max_cache_len
         # What compiled forwards on the CPU know of it.
@@ -145,11 +147,7 @@ class LeanKCache(Cache):
         self._moved = False  # whether a compiled forward is between a window and what is pruned
         self._idle = idle_layers(config)
         self.sdpa: Callable | None = None  # for a model that does not use the attention interface
-
-    @property
-    def packed(self) -> list[LeanKLayer]:
-        """The layers that are pruned."""
-        return [layer for layer in self.layers if isinstance(layer, LeanKLayer)]
+        self.of_patch: weakref.ref | None = None  # whose mask and window these are
 
     def update(
         self,
@@ -200,9 +198,8 @@ class LeanKCache(Cache):
             self.begin(n_columns)
         self._reached.add((layer_idx, part))
 
-    def _stopped(self) -> bool:
+    def _stopped(self, lengths: list[int]) -> bool:
         """Whether the last forward did not reach its end, and left something behind."""
-        lengths = self._lengths()
         if len(lengths) > 1 or self._moved:
             return True
         if all(part == "attention" for _, part in self._reached):
@@ -218,8 +215,8 @@ class LeanKCache(Cache):
         its end alone, so `go_on` must follow, or the forward did not finish.
         """
         self.columns = None
-        if self._stopped():
-            lengths = self._lengths()
+        lengths = self._lengths()
+        if self._stopped(lengths):
             remedy = (
                 "cache.crop(0) goes back to the last one that did"
                 if self._can_undo()
@@ -232,6 +229,7 @@ class LeanKCache(Cache):
                 f"LeanKCache: {got} because an earlier forward did not finish; {remedy}"
             )
         self._moved = moved
+        self.packed[0].tell_columns(self.packed, lengths[0])
         if self.max_cache_len is not None:
             self.layers[self.first_packed].check_room(n_columns)
         self._reached.clear()
@@ -244,6 +242,10 @@ class LeanKCache(Cache):
     def n_columns(self) -> int:
         """Columns of the forwards that reached the last pruned layer."""
         return self.layers[self.last_packed].n_columns
+
+    def counts(self) -> list[int]:
+        """Columns that each pruned layer holds; waits for a GPU once."""
+        return self.packed[0].counts(self.packed)
 
     def note_columns(self) -> None:
         """Let compiled forwards know how many columns there are."""
@@ -277,7 +279,7 @@ class LeanKCache(Cache):
             None where this is no such step, or a layer is not pruned, which may attend otherwise.
         """
         first = self.layers[self.first_packed]
-        if not (first.can_step(n_columns) and all(isinstance(x, LeanKLayer) for x in self.layers)):
+        if not first.can_step(n_columns) or len(self.packed) < len(self.layers):
             return None
         store = first.store
         if mask is None or mask.ndim != 2 or mask.shape[1] > store.max_tokens:
@@ -376,7 +378,7 @@ class LeanKCache(Cache):
         """
         lengths = self._lengths()
         n_columns = cropped(lengths[0], tokens_to_remove)
-        if self._stopped() and not self._can_undo():
+        if self._stopped(lengths) and not self._can_undo():
             raise RuntimeError(
                 f"LeanKCache: layers hold {lengths} columns because a forward did not finish, and "
                 "the layers that did have dropped channels of older tokens or moved their state "
@@ -481,7 +483,7 @@ class LeanKCache(Cache):
 
     def _lengths(self) -> list[int]:
         """Return the numbers of columns that layers hold: one, unless a forward stopped."""
-        lengths = {layer.n_columns for layer in self.packed}
+        lengths = set(self.counts())
         return sorted(lengths | {layer.get_seq_length() for layer in self._sliding()})
 
     def _can_undo(self) -> bool:

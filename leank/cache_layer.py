@@ -107,6 +107,15 @@ class LeanKLayer(CacheLayerMixin):
         """Columns of a call that are attended to and stored together."""
         return n_columns
 
+    @staticmethod
+    def counts(layers: list[LeanKLayer]) -> list[int]:
+        """Columns that each layer holds."""
+        return [layer.n_columns for layer in layers]
+
+    @staticmethod
+    def tell_columns(layers: list[LeanKLayer], n_columns: int) -> None:
+        """Let the next call of each layer go without asking a GPU how many columns there are."""
+
     def open(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Have a store that takes K and V next; while it is empty it is made to fit them."""
         if self.n_columns == 0:

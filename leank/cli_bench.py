@@ -185,6 +185,9 @@ def generate(
     prompt: Annotated[
         bool, typer.Option("--prompt", help="Read the prompt, do not fill caches.")
     ] = False,
+    chunk: Annotated[
+        int | None, typer.Option(help="With --prompt: read so many columns of it at a time.")
+    ] = None,
     shape: Annotated[
         Literal["8b", "small", "tiny"] | None,
         typer.Option(metavar="NAME", help="Sizes of the model: 8b (a GPU's default), small, tiny."),

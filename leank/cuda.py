@@ -18,7 +18,7 @@ from leank._cuda_ops import _cuda, make_layer, register_cache, workspace
 from leank._cuda_ops import ops as _ops
 from leank._cuda_step import check_tensor, check_valid, decode
 
-__all__ = ["LayerCache", "decode"]
+__all__ = ["LayerCache", "decode", "read_columns"]
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Windows beyond this are the same as this: lengths are int32 on the device.
@@ -156,6 +156,11 @@ class LayerCache:
             # A graph that torch captures takes them where they are, instead of copying them.
             torch._dynamo.mark_static_address(x, guard=False)
 
+    def layer_at(self, state: torch.Tensor) -> _cuda.Layer:
+        """Return addresses and sizes for the kernels, with the state where a graph has it."""
+        here = state.data_ptr() == self._state.data_ptr()
+        return self._layer if here else self._layer_with(state)
+
     def _layer_with(self, state: torch.Tensor) -> _cuda.Layer:
         buffers = state, self._real, self._table, self._geom
         return make_layer(buffers, self._limits, self.n_heads, self.head_dim, self.dtype)
@@ -181,10 +186,14 @@ class LayerCache:
     @property
     def n_columns(self) -> int:
         """The same as an int. Waits for the device once a step was compiled or captured."""
-        if self.may_be_replayed:
+        if self.may_be_replayed and not self._is_told:
             self._refuse_half_changed()
             return int(self.columns)
         return self._columns
+
+    def tell_columns(self, n_columns: int) -> None:
+        """Say how many columns are stored, so that the next call need not wait to read it."""
+        self._columns, self._is_told = n_columns, True
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -241,9 +250,11 @@ class LayerCache:
         Raises
         ------
         ValueError
-            The mask has another shape or dtype.
+            The mask is elsewhere, or has another shape or dtype.
         """
         if mask is not None:
+            if mask.device != self.device:
+                raise ValueError(f"attention_mask: expected {self.device}, got {mask.device}")
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise ValueError(
                     f"attention_mask: expected torch.bool or floating point, got {mask.dtype}"
@@ -267,7 +278,7 @@ class LayerCache:
             self._rows(1).fill_(min(self.sink, _MOST_TOKENS))
             self._rows(2).fill_(_cuda.STATE_OPEN)
         self._half_changed: str | None = None  # by what
-        self._columns, self.is_empty = 0, True
+        self._columns, self._is_told, self.is_empty = 0, False, True
         # So many columns hold every row's prompt; None: not known.
         self._prompt_end: int | None = None
 
@@ -282,7 +293,7 @@ class LayerCache:
             raise  # what is allocated comes before the first launch
         except RuntimeError:
             # It looks like one that the host cannot count: so no step pays for being asked.
-            self._half_changed, self.may_be_replayed = what, True
+            self._half_changed, self.may_be_replayed, self._is_told = what, True, False
             raise
 
     def _refuse_half_changed(self) -> None:
@@ -294,7 +305,7 @@ class LayerCache:
 
     def _count(self, n_new: int) -> int:
         """Columns before a call of n_new columns, which must fit."""
-        before = self.n_columns
+        before, self._is_told = self.n_columns, False
         if before + n_new > self.max_tokens:
             raise ValueError(
                 f"cache: expected at most max_tokens = {self.max_tokens} columns, "
@@ -336,6 +347,7 @@ class LayerCache:
 
     def crop(self, n_columns: int) -> None:
         """Keep the first `n_columns` columns; 0 makes every row empty."""
+        self._is_told = False
         now = self.n_columns
         if not 0 <= n_columns <= now:
             raise ValueError(f"n_columns: expected 0 to {now}, got {n_columns}")
@@ -459,7 +471,8 @@ class LayerCache:
             self._real.copy_(real)
             self._state[header:].view(3, -1).copy_(state)
             self._state[:header].copy_(other._state[:header])
-            self._columns, self._prompt_end = n_columns, other._prompt_end
+            self._columns, self._is_told = n_columns, False
+            self._prompt_end = other._prompt_end
             self.is_empty = other.is_empty
             _ops.copy_pages(
                 self.slab,
@@ -479,6 +492,20 @@ class LayerCache:
     def __reduce__(self) -> str:
         """Raise TypeError."""
         raise TypeError("leank.cuda.LayerCache cannot be pickled yet: its tables hold addresses")
+
+
+def read_columns(caches: Sequence[LayerCache]) -> list[int]:
+    """Return the columns stored in each cache; waits for the device once, not for each of them."""
+    counts = [cache._columns for cache in caches]
+    unknown = [i for i, cache in enumerate(caches) if cache.may_be_replayed]
+    if unknown:
+        for i in unknown:
+            caches[i]._refuse_half_changed()
+        there = [caches[i]._state[_cuda.STATE_COLUMNS] for i in unknown]
+        read = torch.stack([x.to(there[0].device) for x in there]).tolist()
+        for i, n_columns in zip(unknown, read, strict=True):
+            counts[i] = n_columns
+    return counts
 
 
 def _checked_device(device: torch.device | str) -> torch.device:

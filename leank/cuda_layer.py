@@ -15,7 +15,7 @@ import torch
 
 from ._cuda_ops import NO_COLUMN
 from .cache_layer import NewTokens
-from .cuda import LayerCache, decode
+from .cuda import LayerCache, decode, read_columns
 from .static_layer import LeanKStaticLayer
 
 
@@ -83,6 +83,7 @@ class LeanKCudaLayer(LeanKStaticLayer):
             store = LayerCache(self.keep, max_tokens=self.max_cache_len, **self.window, **sizes)
             self._keep_misfit(torch.full((), NO_COLUMN, dtype=torch.int32, device=store.device))
             self.store = store
+        self.store.tell_columns(0)
         self.is_initialized = True
 
     @torch.inference_mode(False)  # else it could only be changed in that mode
@@ -173,8 +174,7 @@ class LeanKCudaLayer(LeanKStaticLayer):
         valid = cache.columns
         if tokens.index == cache.last_packed:
             cache.columns = None
-        # A compiled model is on one GPU.
-        return valid if torch.compiler.is_compiling() else valid.to(self.store.device)
+        return valid
 
     def attend(
         self,
@@ -185,12 +185,15 @@ class LeanKCudaLayer(LeanKStaticLayer):
         terms: dict,
     ) -> torch.Tensor:
         """Store columns after the prompt and attend, by the kernels; returns [B, T, Hq, Dv]."""
+        # A model that is compiled is on one GPU.
+        if valid is not None and valid.device != query.device:
+            valid = valid.to(query.device)
         out = decode(
             self.store,
             query,
             k,
             v,
-            valid=None if valid is None else valid.to(self.store.device),
+            valid=valid,
             scale=terms.get("scale"),
             softcap=terms.get("softcap") or 0.0,
             sinks=terms.get("sinks"),
@@ -216,6 +219,22 @@ class LeanKCudaLayer(LeanKStaticLayer):
         if self.prompt is not None:
             return self.prompt.n_columns
         return self.store.n_columns if self.is_initialized else 0
+
+    @staticmethod
+    def counts(layers: list[LeanKCudaLayer]) -> list[int]:
+        """Columns that each layer holds; waits for the GPU once, not for each of them."""
+        stores = [x.store for x in layers if x.is_initialized and x.prompt is None]
+        counts = iter(read_columns(stores))
+        return [
+            next(counts) if x.is_initialized and x.prompt is None else x.n_columns for x in layers
+        ]
+
+    @staticmethod
+    def tell_columns(layers: list[LeanKCudaLayer], n_columns: int) -> None:
+        """Let the next call of each layer go without asking a GPU how many columns there are."""
+        for layer in layers:
+            if layer.is_initialized and layer.prompt is None and layer.store.may_be_replayed:
+                layer.store.tell_columns(n_columns)
 
     @property
     def real(self) -> np.ndarray:

@@ -157,7 +157,8 @@ def _check_kernels(model: nn.Module, layout: Layout) -> None:
 
 
 def _has_weights(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
+    # generate() asks each time, and module.parameters() takes milliseconds for a whole model.
+    return any(x is not None for x in module._parameters.values())
 
 
 def inspect_learnable(model: nn.Module) -> Layout:

@@ -249,6 +249,21 @@ def _copy_pages(
                 ctypes.memmove(int(table[kind, to, i]), int(from_table[kind, source, i]), n)
 
 
+def _step_columns(mask, memory, state, misfit):
+    real = sys.modules["leank._cuda_ops"].find_cache(memory)._real
+    n_rows, room = real.shape
+    now, column = int(state[COLUMNS]), torch.arange(room)
+    if mask is None:
+        seen = column <= now
+    else:
+        seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
+    seen = seen.expand(n_rows, room)
+    stored = (real != 0) & (column < now)
+    if ((seen != stored) & (column != now)).any():
+        misfit.clamp_(max=now)
+    return seen[:, [min(now, room - 1)]].clone()
+
+
 class _Event:
     """What it would wait for is done."""
 
@@ -266,6 +281,7 @@ _OPERATORS = {
     "crop": _crop,
     "gather": _gather,
     "copy_pages": _copy_pages,
+    "step_columns": _step_columns,
 }
 
 

@@ -60,13 +60,15 @@ def test_filled_caches(tmp_path):
     assert "against pages" in text and "first token" not in text
 
 
-def test_prompts_that_are_read(tmp_path):
-    words = *WORDS, "--cases", "1x30x2", "--prompt", "--contenders", "leank,eager,static"
+@pytest.mark.parametrize("chunk", [(), ("--chunk", 16)], ids=["at once", "in chunks"])
+def test_prompts_that_are_read(chunk, tmp_path):
+    words = *WORDS, "--cases", "1x30x2", "--prompt", "--contenders", "leank,eager,static", *chunk
     (table,), text = found("generate", tmp_path, *words)
     (line,) = table["lines"]
     assert line["first_s"].keys() == {"static", "leank", "eager"}
     assert all(seconds > 0 for seconds in line["first_s"].values())
     assert 0 <= table["error"] <= table["bound"]  # of leank and eager
+    assert ("Prompts were read 16 columns at a time." in " ".join(text.split())) == bool(chunk)
     assert "first token s" in text and "against static" in text and "against pages" not in text
 
 
@@ -141,7 +143,7 @@ def test_caches_are_filled(length):
 
 
 def options_of(device, **fields):
-    nothing = dict.fromkeys(("shape", "dtype", "threads"))
+    nothing = dict.fromkeys(("shape", "dtype", "threads", "chunk"))
     given = {"cases": (), "contenders": (), "prompt": False, "rounds": 1, "seed": 0, **WINDOW}
     return generate_options(device, **nothing | given | fields)
 
@@ -165,6 +167,8 @@ def test_defaults_are_those_of_the_device():
             "contenders: expected some of dynamic, eager, static, pages, leank, got 'flash'",
         ),
         (["--contenders", "static"], "contenders: expected leank among them, got static"),
+        (["--chunk", "16"], "chunk: expected none without --prompt, got 16"),
+        (["--chunk", "0", "--prompt"], "chunk: expected at least 1, got 0"),
         (["--rounds", "0"], "rounds: expected at least 1, got 0"),
         (
             ["--device", "cuda", "--dtype", "float32"],

@@ -91,6 +91,30 @@ def test_one_graph_for_all_caches(one):
         assert run(one, [20], disable_compile=True).past_key_values.get_max_length() == 31
 
 
+def test_a_prompt_after_graphs_waits_once(one, monkeypatch):
+    """Not in each layer, so that the host stays ahead of the GPU."""
+    from leank.cuda import LayerCache
+
+    columns = LayerCache.columns.fget
+
+    def guarded(store):
+        assert store is cache.packed[0].store  # what the model asks for
+        return columns(store)
+
+    with one.patch():
+        cache = run(one, [40], **compiled(one)).past_key_values
+        cache.reset()
+        with monkeypatch.context() as patches:
+            patches.setattr(LayerCache, "columns", property(guarded))
+            with torch.no_grad():
+                one.model(draw(1, 30).to(one.place), past_key_values=cache)
+        assert cache.counts() == [30] * len(cache)
+        # After a replay the host does not rely on what it knew.
+        cache.reset()
+        cache = run(one, [40], past_key_values=cache, **compiled(one)).past_key_values
+        assert cache.counts() == [layer.n_columns for layer in cache.packed] == [51] * len(cache)
+
+
 @contextlib.contextmanager
 def no_waiting(models, patches):
     """Fail where a step waits for the device."""

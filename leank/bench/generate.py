@@ -86,6 +86,8 @@ def run(options: GenerateOptions, progress: Console) -> Iterator[Result]:
 
 def _how(options: GenerateOptions, peak_gb_s: float) -> str:
     filled = "" if options.prompt else "Caches were filled with random K and V. "
+    if options.chunk is not None:
+        filled = f"Prompts were read {options.chunk} columns at a time. "
     return (
         f"Steps after the first new token: medians of {options.rounds} rounds, those of a "
         f"contender after each other. {filled}dynamic, static: transformers' caches, as generate() "
@@ -216,7 +218,7 @@ class _Case:
         """Return what the rounds gave, and the first logits."""
         patch = leank.patch(self._model, self._masks[name]) if name in self._masks else None
         try:
-            contender = _Contender(name, self._model, self._case, self._options.prompt)
+            contender = _Contender(name, self._model, self._case, self._options)
             contender.run()
             runs = [contender.run() for _ in range(self._options.rounds)]
         finally:
@@ -253,9 +255,16 @@ class _Contender:
     """One way to decode a case."""
 
     def __init__(
-        self, name: str, model: transformers.PreTrainedModel, case: Case, prompt: bool
+        self,
+        name: str,
+        model: transformers.PreTrainedModel,
+        case: Case,
+        options: GenerateOptions,
     ) -> None:
-        self._name, self._model, self._case, self._prompt = name, model, case, prompt
+        self._name, self._model, self._case, self._prompt = name, model, case, options.prompt
+        self._told = dict(_TOLD.get(name, {}))
+        if options.chunk is not None:
+            self._told["prefill_chunk_size"] = options.chunk
         self._device = model.device
         self._cache = None
         self.logits = None
@@ -293,7 +302,7 @@ class _Contender:
             do_sample=False,
             pad_token_id=0,
             logits_processor=[mark],
-            **_TOLD.get(self._name, {}),
+            **self._told,
         )
         _wait(self._device)
         us = (time.perf_counter() - mark.at) / (case.n_new - 1) * 1e6

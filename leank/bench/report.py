@@ -126,7 +126,7 @@ def _contenders(lines: Sequence[GenerateLine]) -> Table:
     """One row for each contender; a table has one case."""
     (line,) = lines
     columns = {
-        "first token s": {name: f"{s:.2f}" for name, s in line.first_s.items()},
+        "first token s": {name: f"{s:.3f}" for name, s in line.first_s.items()},
         "peak GiB": {name: _gib(n) for name, n in line.peak_memory.items()},
         "KV GiB": {name: _gib(n) for name, n in line.cache_bytes.items()},
     }

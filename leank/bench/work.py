@@ -25,7 +25,8 @@ _CPU_SHAPES = (Shape(1, 4096), Shape(1, 32768))
 _GPU_DTYPES = ("bfloat16", "float16")
 # A query always sees its own token whole: recent is 1 at least.
 _LEAST = {
-    **dict.fromkeys(("q_heads", "heads", "head_dim", "layers", "rounds", "threads", "span"), 1),
+    **dict.fromkeys(("q_heads", "heads", "head_dim", "layers", "rounds", "threads"), 1),
+    **dict.fromkeys(("span", "chunk"), 1),
     **{"sink": 0, "recent": 1, "seed": 0},
 }
 
@@ -261,6 +262,7 @@ class GenerateOptions:
     cases: tuple[Case, ...]
     contenders: tuple[str, ...]
     prompt: bool  # read it, instead of filling caches
+    chunk: int | None  # so many columns at a time
     shape: str
     dtype: str
     sink: int
@@ -288,10 +290,12 @@ def generate_options(
         If an option cannot be used.
     """
     given = {**options, "cases": cases or None, "contenders": contenders or None}
-    chosen = {k: x for k, x in given.items() if x is not None or k == "threads"}
+    chosen = {k: x for k, x in given.items() if x is not None or k in ("threads", "chunk")}
     asked = GenerateOptions(device=device, **_GENERATE_SIZES[device] | chosen)
     check_numbers(asked)
     check_dtype(device, asked.dtype)
+    if asked.chunk is not None and not asked.prompt:
+        raise BenchError(f"chunk: expected none without --prompt, got {asked.chunk}")
     for name in asked.contenders:
         if name not in _CONTENDERS:
             raise BenchError(f"contenders: expected some of {', '.join(_CONTENDERS)}, got {name!r}")
