@@ -17,6 +17,7 @@ from leank.evaluation.summary import N_DEPTHS
 from leank.pictures import GREY, save
 
 _METHOD, _DENSE = "#c0561f", "#1b4f72"
+_SPAN = 10  # points that the scores' axis has at least
 
 
 def draw_needle(path: Path, needle: Mapping[str, Any], title: str = "") -> None:
@@ -30,8 +31,9 @@ def draw_needle(path: Path, needle: Mapping[str, Any], title: str = "") -> None:
     colours = matplotlib.colormaps["RdYlGn"].with_extremes(bad="#d5dadd")
     image = axes.imshow(scores, vmin=0, vmax=1, cmap=colours, aspect="auto")
     for row, column in np.argwhere(np.isfinite(scores)).tolist():
-        value = f"{scores[row, column]:.0%}"
-        axes.text(column, row, value, ha="center", va="center", fontsize=8, color="#222222")
+        score = scores[row, column]
+        ink = "#222222" if 0.15 < score < 0.85 else "white"  # the ends of the colours are dark
+        axes.text(column, row, f"{score:.0%}", ha="center", va="center", fontsize=8, color=ink)
     axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
     axes.set_xlabel("tokens")
     axes.set_yticks(
@@ -62,6 +64,9 @@ def draw_bytes(path: Path, summary: Sequence[Mapping[str, Any]], title: str = ""
         place = {"xytext": (7, (5, -10, 14, -19)[i % 4]), "textcoords": "offset points"}
         axes.annotate(method["name"], (share, score), fontsize=8, color=GREY, **place)
     axes.set_xlim(0, max(110, 110 * max(method["bytes_share"] for method in summary)))
+    low, high = axes.get_ylim()
+    if high - low < _SPAN:  # equal scores would be spread over parts of a point
+        axes.set_ylim((low + high - _SPAN) / 2, (low + high + _SPAN) / 2)
     axes.set_xlabel("bytes of the cache, % of dense")
     axes.set_ylabel("mean score, %; lines: 95% interval of the loss")
     axes.grid(True, color="#eeeeee", linewidth=0.6)
