@@ -64,6 +64,7 @@ def draw_bytes(path: Path, summary: Sequence[Mapping[str, Any]], title: str = ""
         place = {"xytext": (7, (5, -10, 14, -19)[i % 4]), "textcoords": "offset points"}
         axes.annotate(method["name"], (share, score), fontsize=8, color=GREY, **place)
     axes.set_xlim(0, max(110, 110 * max(method["bytes_share"] for method in summary)))
+    axes.margins(y=0.1)  # room for names
     low, high = axes.get_ylim()
     if high - low < _SPAN:  # equal scores would be spread over parts of a point
         axes.set_ylim((low + high - _SPAN) / 2, (low + high + _SPAN) / 2)
@@ -99,8 +100,8 @@ def draw_results(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             place = {"xytext": (4, (4, -10, 13, -19)[i % 4]), "textcoords": "offset points"}
             text = ", ".join(dict.fromkeys(values))
             axes.annotate(text, point, fontsize=7, color=line.get_color(), **place)
-    axes.set_xlim(0, max(110, 1.1 * axes.dataLim.x1))
-    axes.set_ylim(min(-5, axes.dataLim.y0 - 5), max(105, axes.dataLim.y1 + 5))
+    axes.set_xlim(0, max(115, 1.15 * axes.dataLim.x1))
+    axes.set_ylim(min(-8, axes.dataLim.y0 - 8), max(108, axes.dataLim.y1 + 8))
     axes.set_xlabel("bytes of the cache, % of dense")
     axes.set_ylabel("score, %")
     axes.grid(True, color="#eeeeee", linewidth=0.6)
