@@ -61,8 +61,9 @@ def draw_bytes(path: Path, summary: Sequence[Mapping[str, Any]], title: str = ""
             axes.vlines(share, *ends.clip(0, 100), color=colour, linewidth=1.4)
         axes.plot(share, score, "o", color=colour, markersize=7)
         # Methods that keep and score alike would write their names over each other.
-        place = {"xytext": (7, (5, -10, 14, -19)[i % 4]), "textcoords": "offset points"}
-        axes.annotate(method["name"], (share, score), fontsize=8, color=GREY, **place)
+        side, ha = (7, "left") if share < 60 else (-7, "right")  # long names stay inside
+        place = {"xytext": (side, (5, -10, 14, -19)[i % 4]), "textcoords": "offset points"}
+        axes.annotate(method["name"], (share, score), ha=ha, fontsize=8, color=GREY, **place)
     axes.set_xlim(0, max(110, 110 * max(method["bytes_share"] for method in summary)))
     axes.margins(y=0.1)  # room for names
     low, high = axes.get_ylim()
