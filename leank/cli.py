@@ -26,13 +26,6 @@ app = typer.Typer(
 )
 
 
-app.add_typer(bench)
-app.command(cls=Command)(learn)
-app.command("eval", cls=Command)(evaluate)
-app.command(cls=Command)(inspect)
-app.command(cls=Command)(info)
-
-
 class DType(enum.StrEnum):
     """Names of element types, as typer wants them."""
 
@@ -144,3 +137,11 @@ def masks(
         print_masks(lines, Console())
     else:
         print_mask(lines[0], Console())
+
+
+# After those above: --help lists them in this order, in which a newcomer needs them.
+app.add_typer(bench)
+app.command(cls=Command)(learn)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(inspect)
+app.command(cls=Command)(info)

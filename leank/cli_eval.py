@@ -10,7 +10,7 @@ from rich.console import Console
 
 from leank.cli_errors import CommandError, needing
 from leank.cli_learn import find_device, numbers
-from leank.cli_options import DATA, MASK, RUN, Device, Model, Resume, Texts, Weights
+from leank.cli_options import DATA, MASK, RUN, Device, Model, Recent, Resume, Sink, Texts, Weights
 
 if TYPE_CHECKING:
     from leank.evaluation.run import Evaluation, Request
@@ -37,6 +37,8 @@ def evaluate(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    sink: Sink = None,
+    recent: Recent = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -135,6 +137,8 @@ def evaluate(
             fast=fast,
             prefill=prefill,
             chunk=chunk,
+            sink=sink,
+            recent=recent,
             text=tuple(text or ()),
             qa=qa,
             qa_text=qa_text,

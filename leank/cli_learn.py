@@ -110,7 +110,7 @@ def learn(
         int,
         typer.Option(
             min=0,
-            help="Each so-manyth step lets empty heads come back; 0: never.",
+            help="Steps between those that let empty heads come back; 0: none does.",
             rich_help_panel=_STAGES,
         ),
     ] = 4,

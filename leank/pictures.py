@@ -76,8 +76,10 @@ def draw_frequencies(path: Path, found: Inspection, title: str = "") -> None:
     if best is not None:
         top.bar(best[0], 100 * best[1], color=_EMPTY, width=0.8)
         text = f"pair {best[0]}: {best[1]:.0%}"
-        place = {"ha": "center", "va": "bottom", "fontsize": 8, "color": _EMPTY}
-        top.text(best[0], 100 * best[1], text, **place)
+        # Over the dotted line, which may be beside it.
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        place = {"ha": "center", "va": "bottom", "fontsize": 8, "color": _EMPTY, "bbox": box}
+        top.text(best[0], 100 * best[1] + 1, text, **place)
     top.set_ylabel("% kept, all heads")
     top.margins(x=0.01, y=0.1)
     top.spines[["top", "right"]].set_visible(False)
@@ -128,7 +130,7 @@ def draw_heads(path: Path, found: Inspection, title: str = "") -> None:
         by_width = found.mass_relation.by_width
         means = [line[2] for line in by_width.values()]
         last.plot(list(by_width), means, "_", color=_EMPTY, ms=24, mew=2, label="mean")
-        last.set_xlim(-0.05 * head_dim, 1.05 * head_dim)
+        last.set_xlim(-0.15 * head_dim, 1.15 * head_dim)  # room for the marks of means
         last.set_ylim(bottom=0)
         last.set_xlabel("channels kept")
         last.set_ylabel("attention to the middle")

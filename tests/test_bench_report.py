@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 
 import pytest
@@ -201,6 +202,19 @@ def test_pictures(lines, x_label, tmp_path, monkeypatch):
     assert all(left < x < right for x, _ in drawn)
     names = {text.get_text() for legend in figures[0].legends for text in legend.get_texts()}
     assert names >= {name for line in lines for name in line.amounts()}
+
+
+def test_names_of_marks_do_not_overlap(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(picture, "save", lambda figure, *rest: figures.append(figure))
+    shapes = [Shape(1, 4096 * n) for n in range(1, 5)]
+    lines = [append(shape, us) for shape, us in zip(shapes, (6.0, 6.1, 6.0, 5.9), strict=True)]
+    assert picture.draw(tmp_path / "x.png", result_of(*lines))
+    figures[0].draw_without_rendering()
+    names = [x for x in figures[0].axes[0].texts if x.get_text() in map(str, shapes)]
+    assert len(names) == 8
+    boxes = [name.get_window_extent() for name in names]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_a_picture_of_nothing_is_not_drawn(tmp_path):

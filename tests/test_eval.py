@@ -237,6 +237,40 @@ def test_another_run_is_not_gone_on_with(request_of):
         evaluate(request_of("a", resume=True))
 
 
+def test_a_stopped_run_is_not_written_over_and_one_that_ended_is(request_of):
+    def stop(n_done, n_all):
+        raise KeyboardInterrupt
+
+    stopped = request_of("a")
+    log, results = stopped.folder / "log.jsonl", stopped.folder / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(stopped, stop)
+    kept = log.read_bytes()
+    with pytest.raises(ResumeError, match="output: .* stopped after 1 items; go on with --resume"):
+        evaluate(request_of("a", suite={"seed": 1}))
+    assert log.read_bytes() == kept
+    evaluate(dataclasses.replace(stopped, resume=True))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(request_of("a", suite={"seed": 1}), stop)
+    assert not results.exists() and b'"seed": 1' in log.read_bytes()
+
+
+def test_a_window_can_be_given_for_masks_that_do_not_tell_theirs(request_of, tmp_path):
+    keep = torch.from_numpy(pruned().keep.astype(np.float32))
+    torch.save(keep, tmp_path / "other.pth")
+    masks = (str(tmp_path / "other.pth"), str(tmp_path / "light.safetensors"))
+    with pytest.raises(EvalError, match="mask: .*other.pth does not say its window; give --sink"):
+        evaluate(request_of("x", masks=masks))
+    with pytest.raises(EvalError, match="mask: .*recent"):
+        evaluate(request_of("x", masks=masks, sink=3, recent=0))
+    _, other, light = evaluate(request_of("x", masks=masks, sink=20, recent=100))
+    assert (other["name"], light["name"]) == ("other", "light")
+    assert other | {"name": "light"} == light
+    [wide] = evaluate(request_of("y", sink=20, recent=100))[1:]
+    assert wide == light
+    assert wide["bytes_share"] > evaluate(request_of("z"))[1]["bytes_share"]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

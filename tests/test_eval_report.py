@@ -116,6 +116,21 @@ def test_pictures(summary, tmp_path):
     assert drawn[0].read_bytes() != drawn[1].read_bytes()
 
 
+def test_pictures_can_be_read_at_the_ends(tmp_path, monkeypatch):
+    picture = pytest.importorskip("leank.evaluation.picture")
+    figures = []
+    monkeypatch.setattr(picture, "save", lambda figure, *rest: figures.append(figure))
+    scores = {name: (0, 0, 1, share) for name, share in (("dense", 1), ("m", 0.5))}
+    summary = summarise([record("vt", 99, i, scores, 0.5) for i in range(2)], dict.fromkeys(scores))
+    picture.draw_bytes(tmp_path / "x", summary)
+    low, high = figures[0].axes[0].get_ylim()
+    assert high - low >= 10, "equal scores are not to look apart"
+    needle = {"lengths": [1, 2, 3], "score": [[0, 0.5, 1], *[[None] * 3] * 9]}
+    picture.draw_needle(tmp_path / "x", needle)
+    inks = {text.get_text(): text.get_color() for text in figures[1].axes[0].texts}
+    assert inks["0%"] == inks["100%"] == "white" != inks["50%"]
+
+
 def test_without_matplotlib_there_are_no_pictures(summary, tmp_path, monkeypatch):
     for name in [*sys.modules]:
         if name.startswith("matplotlib.") or name.endswith(".picture"):

@@ -45,7 +45,8 @@ def draw(path: Path, result: Result) -> bool:
     axes = figure.subplots()
     markers: dict[str, tuple[str, str]] = {}
     marks = []
-    for i, line in enumerate(lines):
+    labels = []
+    for line in lines:
         for name, (amount, us) in line.amounts().items():
             color, marker = markers.setdefault(name, _marker(name, markers))
             x, y = amount / amount_unit, amount / us.median * 1e6 / rate_unit
@@ -54,12 +55,7 @@ def draw(path: Path, result: Result) -> bool:
             axes.vlines(x, low, high, color=color, linewidth=1)
             axes.plot(x, y, marker, color=color, markersize=8, markeredgecolor="white")
             if name in ("LeanK", line.best):
-                # Those that move the same would write over each other on one side.
-                place = {"xytext": (9, -3), "ha": "left"}
-                if i % 2:
-                    place = {"xytext": (-9, -3), "ha": "right"}
-                place |= {"textcoords": "offset points", "fontsize": 9, "color": color}
-                axes.annotate(str(line.shape), (x, y), **place)
+                labels.append((x, y, str(line.shape), color))
     peaks = [line.peak / rate_unit for line in lines]
     _frame(axes, np.array(marks), peaks, amount_unit / rate_unit * 1e6)
     label = f"{reached}, measured: {_span(peaks)} {rate_name}"
@@ -71,6 +67,7 @@ def draw(path: Path, result: Result) -> bool:
     axes.set_ylabel(rate_name)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    _label(axes, labels)
     save(figure, path, _title(result))
     return True
 
@@ -103,6 +100,23 @@ def _frame(axes: Axes, marks: np.ndarray, peaks: list[float], us: float) -> None
         if x < right / 1.5 and y < high / 1.5:
             place = {"xytext": (3, 4), "textcoords": "offset points", "fontsize": 8}
             axes.annotate(text, (x, y), color="#9aa5ad", annotation_clip=True, **place)
+
+
+def _label(axes: Axes, labels: list[tuple[float, float, str, str]]) -> None:
+    """Write texts beside marks, (x, y, text, colour) each, and none over another."""
+    axes.figure.draw_without_rendering()  # from here on places are known
+    taken: list[tuple[str, float, float]] = []
+    for x, y, text, color in sorted(labels, key=lambda label: label[1]):
+        # LeanK moves less than others, which are right of it.
+        side, ha = (-9, "right") if color == _OURS else (9, "left")
+        across, mark = axes.transData.transform((x, y)) * 72 / axes.figure.dpi  # points
+        height = mark
+        for of, beside, other in sorted(taken, key=lambda place: place[2]):
+            if of == ha and abs(across - beside) < 50 and abs(height - other) < 11:
+                height = other + 11
+        taken.append((ha, across, height))
+        place = {"xytext": (side, height - mark - 3), "textcoords": "offset points", "ha": ha}
+        axes.annotate(text, (x, y), fontsize=9, color=color, **place)
 
 
 def _span(values: list[float]) -> str:

@@ -17,6 +17,7 @@ from leank.evaluation.summary import N_DEPTHS
 from leank.pictures import GREY, save
 
 _METHOD, _DENSE = "#c0561f", "#1b4f72"
+_SPAN = 10  # points that the scores' axis has at least
 
 
 def draw_needle(path: Path, needle: Mapping[str, Any], title: str = "") -> None:
@@ -30,8 +31,9 @@ def draw_needle(path: Path, needle: Mapping[str, Any], title: str = "") -> None:
     colours = matplotlib.colormaps["RdYlGn"].with_extremes(bad="#d5dadd")
     image = axes.imshow(scores, vmin=0, vmax=1, cmap=colours, aspect="auto")
     for row, column in np.argwhere(np.isfinite(scores)).tolist():
-        value = f"{scores[row, column]:.0%}"
-        axes.text(column, row, value, ha="center", va="center", fontsize=8, color="#222222")
+        score = scores[row, column]
+        ink = "#222222" if 0.15 < score < 0.85 else "white"  # the ends of the colours are dark
+        axes.text(column, row, f"{score:.0%}", ha="center", va="center", fontsize=8, color=ink)
     axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
     axes.set_xlabel("tokens")
     axes.set_yticks(
@@ -59,9 +61,14 @@ def draw_bytes(path: Path, summary: Sequence[Mapping[str, Any]], title: str = ""
             axes.vlines(share, *ends.clip(0, 100), color=colour, linewidth=1.4)
         axes.plot(share, score, "o", color=colour, markersize=7)
         # Methods that keep and score alike would write their names over each other.
-        place = {"xytext": (7, (5, -10, 14, -19)[i % 4]), "textcoords": "offset points"}
-        axes.annotate(method["name"], (share, score), fontsize=8, color=GREY, **place)
+        side, ha = (7, "left") if share < 60 else (-7, "right")  # long names stay inside
+        place = {"xytext": (side, (5, -10, 14, -19)[i % 4]), "textcoords": "offset points"}
+        axes.annotate(method["name"], (share, score), ha=ha, fontsize=8, color=GREY, **place)
     axes.set_xlim(0, max(110, 110 * max(method["bytes_share"] for method in summary)))
+    axes.margins(y=0.1)  # room for names
+    low, high = axes.get_ylim()
+    if high - low < _SPAN:  # equal scores would be spread over parts of a point
+        axes.set_ylim((low + high - _SPAN) / 2, (low + high + _SPAN) / 2)
     axes.set_xlabel("bytes of the cache, % of dense")
     axes.set_ylabel("mean score, %; lines: 95% interval of the loss")
     axes.grid(True, color="#eeeeee", linewidth=0.6)
@@ -94,8 +101,8 @@ def draw_results(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             place = {"xytext": (4, (4, -10, 13, -19)[i % 4]), "textcoords": "offset points"}
             text = ", ".join(dict.fromkeys(values))
             axes.annotate(text, point, fontsize=7, color=line.get_color(), **place)
-    axes.set_xlim(0, max(110, 1.1 * axes.dataLim.x1))
-    axes.set_ylim(min(-5, axes.dataLim.y0 - 5), max(105, axes.dataLim.y1 + 5))
+    axes.set_xlim(0, max(115, 1.15 * axes.dataLim.x1))
+    axes.set_ylim(min(-8, axes.dataLim.y0 - 8), max(108, axes.dataLim.y1 + 8))
     axes.set_xlabel("bytes of the cache, % of dense")
     axes.set_ylabel("score, %")
     axes.grid(True, color="#eeeeee", linewidth=0.6)

@@ -35,6 +35,7 @@ from leank.evaluation.methods import (
     moments_text,
 )
 from leank.evaluation.summary import summarise
+from leank.learning.folder import ResumeError
 from leank.learning.text import default_text, read_text, split
 from leank.mask_source import load_mask
 from leank.masks import ChannelMask
@@ -50,7 +51,7 @@ class Request:
     Attributes
     ----------
     masks : sequence of str
-        What `leank.load_mask` takes, of masks that know their window.
+        What `leank.load_mask` takes.
     folder : Path
         Made if it is not there.
     suite : SuiteSettings
@@ -60,6 +61,8 @@ class Request:
         Teacher-forced instead of generate().
     prefill : {"dense", "pruned"}
         As in `leank.patch`; "pruned" reads prompts in calls of `chunk` tokens.
+    sink, recent : int, optional
+        Window of all masks; default: what each knows.
     text : sequence of Path
         UTF-8 files; none: what ships with Python.
     qa, qa_text : Path, optional
@@ -74,6 +77,8 @@ class Request:
     fast: bool = False
     prefill: str = "dense"
     chunk: int = 1024
+    sink: int | None = None
+    recent: int | None = None
     text: tuple[Path, ...] = ()
     qa: Path | None = None
     qa_text: Path | None = None
@@ -125,7 +130,7 @@ class Evaluation:
     def __init__(self, request: Request, tokenizer: Any, name: str) -> None:
         self.request, self.tokenizer, self.name = request, tokenizer, name
         self.n_done = 0
-        self.masks = read_masks(request.masks)
+        self.masks = read_masks(request.masks, request.sink, request.recent)
         corpus = split(read_text(request.text) if request.text else default_text())
         documents = ()
         questions: tuple[ruler.Question, ...] = ()
@@ -181,7 +186,7 @@ class Evaluation:
         EvalError
             A mask or a baseline does not work with the model.
         ResumeError
-            The folder's log is of another evaluation.
+            The folder's log is of another evaluation, or of one that stopped and is to be resumed.
         """
         request, folder = self.request, self.request.folder
         header = self.header | {"dtype": DTYPES.get(model.dtype, str(model.dtype))}
@@ -206,6 +211,8 @@ class Evaluation:
         except (TypeError, ValueError) as error:
             raise EvalError(str(error)) from error
         folder.mkdir(parents=True, exist_ok=True)
+        if not request.resume:
+            _start_over(folder)
         n = len(self.suite)
         with Log(folder / LOG, header, request.resume) as log:
             self.n_done = len(log.records)
@@ -236,19 +243,36 @@ class Evaluation:
         return summary
 
 
-def read_masks(names: Sequence[str]) -> dict[str, ChannelMask]:
+def _start_over(folder: Path) -> None:
+    """Forget an evaluation that ended; its results say that it did. One that stopped is kept."""
+    results, log = folder / RESULTS, folder / LOG
+    if not results.exists() and log.is_file():
+        n_done = log.read_bytes().count(b"\n") - 1  # the first line is the settings
+        if n_done > 0:
+            raise ResumeError(
+                f"output: {folder} has an evaluation that stopped after {n_done} items; "
+                "go on with --resume, or remove the folder"
+            )
+    results.unlink(missing_ok=True)
+
+
+def read_masks(
+    names: Sequence[str], sink: int | None = None, recent: int | None = None
+) -> dict[str, ChannelMask]:
     """Return masks by short names: those of shipped masks, or of files without their ending."""
+    window = {"sink": sink, "recent": recent}
+    window = {key: n for key, n in window.items() if n is not None}
     masks: dict[str, ChannelMask] = {}
     for given in names:
         try:
-            mask = load_mask(given)
+            mask = dataclasses.replace(load_mask(given), **window)
         except (ValueError, ModuleNotFoundError) as error:  # MaskFileError is a ValueError
             raise EvalError(f"mask: {error}") from error
         except OSError as error:
             raise EvalError(f"mask: {given}: {error.strerror or error}") from error
         if mask.sink is None or mask.recent is None:
-            raise EvalError(f"mask: expected a file that knows its window, got {given}")
-        name = Path(given).name.removesuffix(".safetensors")
+            raise EvalError(f"mask: {given} does not say its window; give --sink and --recent")
+        name = Path(given).name.removesuffix(".safetensors").removesuffix(".pth")
         if name in (DENSE, *BASELINES, *masks):
             raise EvalError(f"mask: expected files of different names than others, got {name}")
         masks[name] = mask
