@@ -91,6 +91,7 @@ sanitize: build
 	    $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m tests.capi.build --cc $(CC) --sanitize $(SANITIZE) --out build/capi-sanitize
 	build/capi-sanitize/test_capi
+	OMP_WAIT_POLICY=passive build/capi-sanitize/test_capi soak 10000
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. PYTHONMALLOC=malloc \
 	    LD_PRELOAD="$(foreach lib,asan.so ubsan.so stdc++.so,$(shell $(CC) -print-file-name=lib$(lib)))" \
 	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider \
@@ -148,6 +149,7 @@ bench: build
 long: build model
 	$(BIN)/python -m tests.capi.build --cc $(CC) --sanitize $(SANITIZE) --out build/capi-sanitize
 	build/capi-sanitize/test_capi 300
+	OMP_WAIT_POLICY=passive build/capi-sanitize/test_capi soak 1000000
 	$(BIN)/python -m pytest -m 'long or not long' $(PYTEST_ARGS)
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
 
