@@ -117,7 +117,7 @@ def test_failing_allocations(name):
 
 @pytest.mark.long
 def test_generate_20000_tokens():
-    """All that grows is the cache, as predicted; and the ids, by 8 bytes a token."""
+    """All that grows is the cache, as predicted."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from .tiny_models import prompts, pruned, tiny
@@ -137,9 +137,7 @@ def test_generate_20000_tokens():
     assert ids.shape == (1, n + every) and len(seen) == n // every
     for length, memory, _ in seen:
         predicted = handle.mask.predict_memory([length])
-        assert {name: memory[name] for name in predicted} == predicted | {
-            "slab_bytes": memory["slab_bytes"]
-        }
-    # A dense cache would grow by 12 MB from here on.
+        assert memory | {"slab_bytes": 0} == predicted | {"slab_bytes": 0}
+    # The cache grows by 7 MB from here on; dense K and V would add 12 MB, and the allocator's reuse moves by 4.
     (_, first, before), (_, last, after) = seen[7], seen[-1]
-    assert after - before < last["slab_bytes"] - first["slab_bytes"] + (3 << 20)
+    assert after - before < last["slab_bytes"] - first["slab_bytes"] + (6 << 20)
