@@ -265,7 +265,8 @@ def test_the_gil_is_released(rng):
 )
 def test_integers_of_more_than_64_bits(cache, name, call):
     before = snapshot(cache)
-    with pytest.raises(ValueError, match=rf"^{name}: expected less than 2\*\*60 in size, got -?\d+$"):
+    message = rf"^{name}: expected less than 2\*\*60 in size, got -?\d+$"
+    with pytest.raises(ValueError, match=message):
         call(cache)
     assert snapshot(cache) == before
 

@@ -138,6 +138,7 @@ def test_generate_20000_tokens():
     for length, memory, _ in seen:
         predicted = handle.mask.predict_memory([length])
         assert memory | {"slab_bytes": 0} == predicted | {"slab_bytes": 0}
-    # The cache grows by 7 MB from here on; dense K and V would add 12 MB, and the allocator's reuse moves by 4.
+    # The cache grows by 7 MB from here on, and what the allocator keeps for reuse moves by 4 MB.
+    # Dense K and V would add 12 MB.
     (_, first, before), (_, last, after) = seen[7], seen[-1]
     assert after - before < last["slab_bytes"] - first["slab_bytes"] + (6 << 20)
