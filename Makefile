@@ -74,8 +74,15 @@ valgrind: build
 	OMP_WAIT_POLICY=passive valgrind -q --error-exitcode=1 --leak-check=full \
 	    --show-leak-kinds=definite --errors-for-leak-kinds=definite build/capi/test_capi 3
 
-# A copy of the tree keeps the sanitized extension and the ordinary one apart. Python itself leaks
-# by design, so leaks are looked for in the C tests alone.
+# A copy of the tree keeps the sanitized extension and the ordinary one apart.
+COPIED = $(wildcard *.py *.toml *.txt *.md) LICENSE .pre-commit-config.yaml .ci csrc leank tests examples
+define COPY_TO
+rm -rf $(1) && mkdir -p $(1)
+cp -r $(COPIED) $(1)
+rm -f $(1)/leank/*.so
+endef
+
+# Python itself leaks by design, so leaks are looked for in the C tests alone.
 SANITIZE := address,undefined
 SANITIZE_TESTS ?= tests
 # They run the same C as other tests do, for minutes or in processes of their own.
@@ -83,14 +90,12 @@ SANITIZE_SKIP := $(patsubst %,--ignore=tests/test_learn_%.py,\
     cli data evaluate feed map parallel plan report run) \
     $(patsubst %,--ignore=tests/test_%.py,cli compile devices docs notebooks plugin)
 sanitize: build
-	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r $(wildcard *.py *.toml *.txt *.md) LICENSE .pre-commit-config.yaml .ci csrc leank tests \
-	    examples build/sanitize
-	rm -f build/sanitize/leank/*.so
+	$(call COPY_TO,build/sanitize)
 	cd build/sanitize && LEANK_SANITIZE=$(SANITIZE) LEANK_CUDA=0 \
 	    $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m tests.capi.build --cc $(CC) --sanitize $(SANITIZE) --out build/capi-sanitize
 	build/capi-sanitize/test_capi
+	OMP_WAIT_POLICY=passive build/capi-sanitize/test_capi soak 10000
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. PYTHONMALLOC=malloc \
 	    LD_PRELOAD="$(foreach lib,asan.so ubsan.so stdc++.so,$(shell $(CC) -print-file-name=lib$(lib)))" \
 	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider \
@@ -113,11 +118,22 @@ fuzz: build
 	    --fuzz --out build/fuzz
 	$(BIN)/python -m tests.fuzz.run --programs build/fuzz --seconds $(FUZZ_TIME) $(FUZZ_ARGS)
 
-# GNU's OpenMP would give false races; clang's tells ThreadSanitizer what waits for what, through Archer.
+# GNU's OpenMP would give false races; clang's tells ThreadSanitizer what waits for what, through Archer. Python dies of
+# clang's runtime when it is loaded before it, and takes gcc's, which knows the same calls.
+ARCHER = $(dir $(realpath $(shell command -v $(CLANG))))../lib/libarcher.so
+TSAN_ENV = OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive OMP_TOOL_LIBRARIES=$(ARCHER) \
+    TSAN_OPTIONS=ignore_noninstrumented_modules=1:allocator_may_return_null=1:exitcode=66
+TSAN_TESTS ?= tests/test_boundary.py
 tsan: build
+	test -e $(ARCHER)
 	$(BIN)/python -m tests.capi.build --cc $(CLANG) --isas avx2,neon --sanitize thread --out build/capi-tsan
-	OMP_NUM_THREADS=2 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
-	    OMP_TOOL_LIBRARIES=$$($(CLANG) -print-file-name=libarcher.so) build/capi-tsan/test_capi 3
+	$(TSAN_ENV) build/capi-tsan/test_capi 3
+	$(call COPY_TO,build/tsan)
+	cd build/tsan && CC=$(CLANG) LDSHARED="$(CLANG) -shared" LEANK_SANITIZE=thread LEANK_CUDA=0 \
+	    $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/tsan && $(TSAN_ENV) PYTHONPATH=. PYTHONMALLOC=malloc \
+	    LD_PRELOAD=$(shell $(CC) -print-file-name=libtsan.so) \
+	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(PYTEST_ARGS) $(TSAN_TESTS)
 
 # The library but for the files that only say for which instructions a body is compiled. clang-tidy: .clang-tidy.
 # gcc's analyzer does not follow pointers to kernels, and so takes what they write for uninitialised.
@@ -148,6 +164,7 @@ bench: build
 long: build model
 	$(BIN)/python -m tests.capi.build --cc $(CC) --sanitize $(SANITIZE) --out build/capi-sanitize
 	build/capi-sanitize/test_capi 300
+	OMP_WAIT_POLICY=passive build/capi-sanitize/test_capi soak 1000000
 	$(BIN)/python -m pytest -m 'long or not long' $(PYTEST_ARGS)
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
 

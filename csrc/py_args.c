@@ -1,6 +1,7 @@
 /* py_args.c: the checks that every wrapper needs. Nothing here copies an array. */
 #include "py_args.h"
 
+#include <limits.h>
 #include <string.h>
 
 static const struct {
@@ -115,27 +116,51 @@ const void *py_check_contiguous(PyObject *object, const char *name, int type_num
     return PyArray_DATA(array);
 }
 
-bool py_is_missing(long long value, const char *name) {
-    if (value == PY_MISSING)
-        PyErr_Format(PyExc_TypeError, "missing required keyword argument: '%s'", name);
-    return value == PY_MISSING;
+int py_parse_integer(PyObject *object, void *integer) {
+    py_integer *out = integer;
+    if (!PyIndex_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected an integer, got %s", out->name,
+                     Py_TYPE(object)->tp_name);
+        return 0;
+    }
+    PyObject *number = PyNumber_Index(object);
+    if (!number) return 0;
+    int overflow;
+    out->value = PyLong_AsLongLongAndOverflow(number, &overflow);
+    if (overflow)
+        PyErr_Format(PyExc_ValueError, "%s: expected less than 2**60 in size, got %S", out->name,
+                     number);
+    Py_DECREF(number);
+    return !PyErr_Occurred();
 }
 
-bool py_check_least(long long value, long long least, const char *name) {
-    if (value >= least && value < INT64_MAX / 8) return true;
-    PyErr_Format(PyExc_ValueError, "%s: expected at least %lld and less than 2**60, got %lld", name,
-                 least, value);
+bool py_is_missing(const py_integer *integer) {
+    if (integer->value != PY_MISSING) return false;
+    PyErr_Format(PyExc_TypeError, "missing required keyword argument: '%s'", integer->name);
+    return true;
+}
+
+bool py_check_least(const py_integer *integer, long long least) {
+    if (integer->value >= least && integer->value < INT64_MAX / 8) return true;
+    PyErr_Format(PyExc_ValueError, "%s: expected at least %lld and less than 2**60, got %lld",
+                 integer->name, least, integer->value);
     return false;
 }
 
 bool py_parse_limit(PyObject *object, const char *name, int64_t *out) {
     *out = -1;
     if (object == NULL || object == Py_None) return true;
-    const long long value = PyLong_AsLongLong(object);
-    if (value == -1 && PyErr_Occurred()) return false;
-    if (!py_check_least(value, 1, name)) return false;
-    *out = value;
+    py_integer number = {name, 0};
+    if (!py_parse_integer(object, &number) || !py_check_least(&number, 1)) return false;
+    *out = number.value;
     return true;
+}
+
+bool py_check_threads(const py_integer *n_threads) {
+    if (n_threads->value >= INT_MIN && n_threads->value <= INT_MAX) return true;
+    PyErr_Format(PyExc_ValueError, "n_threads: expected %d to %d, got %lld", INT_MIN, INT_MAX,
+                 n_threads->value);
+    return false;
 }
 
 static bool check_dim(int64_t value, const char *name, const char *what) {
@@ -145,8 +170,8 @@ static bool check_dim(int64_t value, const char *name, const char *what) {
     return false;
 }
 
-bool py_parse_config(PyObject *keep, PyObject *dtype, PyObject *v_dim, long long sink,
-                     long long recent, long long slack, lk_config *config) {
+bool py_parse_config(PyObject *keep, PyObject *dtype, PyObject *v_dim, const py_integer *sink,
+                     const py_integer *recent, const py_integer *slack, lk_config *config) {
     const void *data = py_check_contiguous(keep, "keep", NPY_BOOL, 2, (int64_t[]){PY_ANY, PY_ANY});
     if (!data) return false;
     const npy_intp n_heads = PyArray_DIM((PyArrayObject *)keep, 0);
@@ -156,8 +181,8 @@ bool py_parse_config(PyObject *keep, PyObject *dtype, PyObject *v_dim, long long
         return false;
     }
     if (!check_dim(head_dim, "keep", "the head dim")) return false;
-    if (!py_check_least(sink, 0, "sink") || !py_check_least(recent, 1, "recent")) return false;
-    if (!py_check_least(slack, 0, "slack")) return false;
+    if (!py_check_least(sink, 0) || !py_check_least(recent, 1)) return false;
+    if (!py_check_least(slack, 0)) return false;
     int64_t value_dim = -1;
     if (!py_parse_limit(v_dim, "v_dim", &value_dim)) return false;
     if (value_dim < 0) value_dim = head_dim;
@@ -166,9 +191,9 @@ bool py_parse_config(PyObject *keep, PyObject *dtype, PyObject *v_dim, long long
                           .n_heads = (int32_t)n_heads,
                           .head_dim = (int32_t)head_dim,
                           .v_dim = (int32_t)value_dim,
-                          .sink = sink,
-                          .recent = recent,
-                          .slack = slack,
+                          .sink = sink->value,
+                          .recent = recent->value,
+                          .slack = slack->value,
                           .keep = data};
     if (dtype && !py_parse_dtype(dtype, &config->dtype)) return false;
     int64_t bad_head;

@@ -32,10 +32,17 @@ typedef struct {
 
 #define PY_ANY (-1) /* a size that is not checked */
 
+/* An integer argument, for "O&" of the argument parser: unlike "L" of its own this names what does not fit. */
+typedef struct {
+    const char *name;
+    long long value;
+} py_integer;
+int py_parse_integer(PyObject *object, void *integer);
+
 /* Keyword-only arguments that must be given: the argument parser knows none, so they start as this. */
 #define PY_MISSING LLONG_MIN
 /* True with an exception. */
-bool py_is_missing(long long value, const char *name);
+bool py_is_missing(const py_integer *integer);
 
 /* Check an array without copying: type, element type, axes, sizes (PY_ANY: any), aligned, last axis contiguous,
  * other strides whole elements. Returns it borrowed, or NULL with an exception that names the argument. */
@@ -52,10 +59,12 @@ bool py_parse_dtype(PyObject *name, lk_dtype *dtype);
 const char *py_dtype_name(lk_dtype dtype);
 
 /* The config shared by LayerCache and predict_memory; false with an exception. keep: bool [Hkv, D], borrowed. */
-bool py_parse_config(PyObject *keep, PyObject *dtype, PyObject *v_dim, long long sink,
-                     long long recent, long long slack, lk_config *config);
+bool py_parse_config(PyObject *keep, PyObject *dtype, PyObject *v_dim, const py_integer *sink,
+                     const py_integer *recent, const py_integer *slack, lk_config *config);
 /* least <= value < 2**60; false with an exception otherwise. */
-bool py_check_least(long long value, long long least, const char *name);
+bool py_check_least(const py_integer *integer, long long least);
+/* 0 and fewer: what OpenMP would use. False with an exception for what is no int of C. */
+bool py_check_threads(const py_integer *n_threads);
 /* None: -1. */
 bool py_parse_limit(PyObject *object, const char *name, int64_t *out);
 

@@ -44,22 +44,22 @@ static PyObject *layer_cache_new(PyTypeObject *type, PyObject *args, PyObject *k
     static char *names[] = {"keep",  "n_rows", "sink",       "recent",   "slack",
                             "dtype", "v_dim",  "max_tokens", "max_call", NULL};
     PyObject *keep, *dtype = NULL, *v_dim = NULL, *max_tokens_arg = NULL;
-    long long n_rows = PY_MISSING, sink = PY_MISSING, recent = PY_MISSING, slack = 64, max_call = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$LLLLOOOL:LayerCache", names, &keep, &n_rows,
-                                     &sink, &recent, &slack, &dtype, &v_dim, &max_tokens_arg,
-                                     &max_call))
+    py_integer n_rows = {"n_rows", PY_MISSING}, sink = {"sink", PY_MISSING},
+               recent = {"recent", PY_MISSING}, slack = {"slack", 64}, max_call = {"max_call", 1};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$O&O&O&O&OOOO&:LayerCache", names, &keep,
+                                     py_parse_integer, &n_rows, py_parse_integer, &sink,
+                                     py_parse_integer, &recent, py_parse_integer, &slack, &dtype,
+                                     &v_dim, &max_tokens_arg, py_parse_integer, &max_call))
         return NULL;
-    if (py_is_missing(n_rows, "n_rows") || py_is_missing(sink, "sink") ||
-        py_is_missing(recent, "recent"))
-        return NULL;
+    if (py_is_missing(&n_rows) || py_is_missing(&sink) || py_is_missing(&recent)) return NULL;
     lk_config config;
     int64_t max_tokens;
-    if (!py_parse_config(keep, dtype, v_dim, sink, recent, slack, &config)) return NULL;
+    if (!py_parse_config(keep, dtype, v_dim, &sink, &recent, &slack, &config)) return NULL;
     if (!py_parse_limit(max_tokens_arg, "max_tokens", &max_tokens)) return NULL;
-    if (n_rows < 1 || n_rows > INT32_MAX)
+    if (n_rows.value < 1 || n_rows.value > INT32_MAX)
         return PyErr_Format(PyExc_ValueError, "n_rows: expected 1 to %d, got %lld", INT32_MAX,
-                            n_rows);
-    if (!py_check_least(max_call, 1, "max_call")) return NULL;
+                            n_rows.value);
+    if (!py_check_least(&max_call, 1)) return NULL;
     /* Our own copy from here on: the caller's array may change while the GIL is dropped. */
     uint8_t *own_keep = copy_keep(&config);
     if (!own_keep) return NULL;
@@ -67,9 +67,9 @@ static PyObject *layer_cache_new(PyTypeObject *type, PyObject *args, PyObject *k
     lk_cache *cache = NULL;
     lk_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = max_tokens < 0
-                 ? lk_cache_create(&config, n_rows, &cache)
-                 : lk_cache_create_reserved(&config, n_rows, max_tokens, max_call, &cache);
+    status = max_tokens < 0 ? lk_cache_create(&config, n_rows.value, &cache)
+                            : lk_cache_create_reserved(&config, n_rows.value, max_tokens,
+                                                       max_call.value, &cache);
     Py_END_ALLOW_THREADS
     if (status != LK_OK) {
         PyMem_Free(own_keep);
@@ -114,10 +114,9 @@ static PyObject *layer_cache_reduce(PyObject *object, PyObject *unused) {
 
 static PyObject *layer_cache_expect_prompt(PyObject *object, PyObject *arg) {
     py_layer_cache *self = (py_layer_cache *)object;
-    const long long n_columns = PyLong_AsLongLong(arg);
-    if (n_columns == -1 && PyErr_Occurred()) return NULL;
-    if (!py_claim(self)) return NULL;
-    const lk_status status = lk_cache_expect_prompt(self->cache, n_columns);
+    py_integer n_columns = {"n_columns", 0};
+    if (!py_parse_integer(arg, &n_columns) || !py_claim(self)) return NULL;
+    const lk_status status = lk_cache_expect_prompt(self->cache, n_columns.value);
     const long long now = lk_cache_n_columns(self->cache);
     py_unclaim(self);
     if (status == LK_E_STATE)
@@ -126,7 +125,7 @@ static PyObject *layer_cache_expect_prompt(PyObject *object, PyObject *arg) {
                             now);
     if (status != LK_OK)
         return PyErr_Format(PyExc_ValueError, "n_columns: expected at least 1, got %lld",
-                            n_columns);
+                            n_columns.value);
     Py_RETURN_NONE;
 }
 
@@ -164,15 +163,14 @@ static PyObject *layer_cache_append(PyObject *object, PyObject *args, PyObject *
 
 static PyObject *layer_cache_crop(PyObject *object, PyObject *arg) {
     py_layer_cache *self = (py_layer_cache *)object;
-    const long long n_columns = PyLong_AsLongLong(arg);
-    if (n_columns == -1 && PyErr_Occurred()) return NULL;
-    if (!py_claim(self)) return NULL;
+    py_integer n_columns = {"n_columns", 0};
+    if (!py_parse_integer(arg, &n_columns) || !py_claim(self)) return NULL;
     const long long now = lk_cache_n_columns(self->cache);
-    const lk_status status = lk_cache_crop(self->cache, n_columns);
+    const lk_status status = lk_cache_crop(self->cache, n_columns.value);
     py_unclaim(self);
     if (status != LK_OK)
         return PyErr_Format(PyExc_ValueError, "n_columns: expected 0 to %lld, got %lld", now,
-                            n_columns);
+                            n_columns.value);
     Py_RETURN_NONE;
 }
 
@@ -237,9 +235,9 @@ static PyObject *layer_cache_select(PyObject *object, PyObject *arg) {
 
 static PyObject *layer_cache_gather(PyObject *object, PyObject *arg) {
     py_layer_cache *self = (py_layer_cache *)object;
-    const long long row = PyLong_AsLongLong(arg);
-    if (row == -1 && PyErr_Occurred()) return NULL;
-    if (!py_claim(self)) return NULL;
+    py_integer row_arg = {"row", 0};
+    if (!py_parse_integer(arg, &row_arg) || !py_claim(self)) return NULL;
+    const long long row = row_arg.value;
     PyObject *k = NULL, *v = NULL, *both = NULL;
     const long long n_rows = lk_cache_n_rows(self->cache);
     if (row < 0 || row >= n_rows) {
@@ -379,17 +377,19 @@ PyObject *py_predict_memory(PyObject *module, PyObject *args, PyObject *kwargs) 
     static char *names[] = {"keep",  "lengths", "sink",       "recent",   "slack",
                             "dtype", "v_dim",   "max_tokens", "max_call", NULL};
     PyObject *keep, *lengths_arg, *dtype = NULL, *v_dim = NULL, *max_tokens_arg = NULL;
-    long long sink = PY_MISSING, recent = PY_MISSING, slack = 64, max_call = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$LLLOOOL:predict_memory", names, &keep,
-                                     &lengths_arg, &sink, &recent, &slack, &dtype, &v_dim,
-                                     &max_tokens_arg, &max_call))
+    py_integer sink = {"sink", PY_MISSING}, recent = {"recent", PY_MISSING};
+    py_integer slack = {"slack", 64}, max_call = {"max_call", 1};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$O&O&O&OOOO&:predict_memory", names, &keep,
+                                     &lengths_arg, py_parse_integer, &sink, py_parse_integer,
+                                     &recent, py_parse_integer, &slack, &dtype, &v_dim,
+                                     &max_tokens_arg, py_parse_integer, &max_call))
         return NULL;
-    if (py_is_missing(sink, "sink") || py_is_missing(recent, "recent")) return NULL;
+    if (py_is_missing(&sink) || py_is_missing(&recent)) return NULL;
     lk_config config;
     int64_t max_tokens;
-    if (!py_parse_config(keep, dtype, v_dim, sink, recent, slack, &config)) return NULL;
+    if (!py_parse_config(keep, dtype, v_dim, &sink, &recent, &slack, &config)) return NULL;
     if (!py_parse_limit(max_tokens_arg, "max_tokens", &max_tokens)) return NULL;
-    if (!py_check_least(max_call, 1, "max_call")) return NULL;
+    if (!py_check_least(&max_call, 1)) return NULL;
     const int64_t *array =
         py_check_contiguous(lengths_arg, "lengths", NPY_INT64, 1, (int64_t[]){PY_ANY});
     if (!array) return NULL;
@@ -400,7 +400,7 @@ PyObject *py_predict_memory(PyObject *module, PyObject *args, PyObject *kwargs) 
     uint8_t *own_keep = copy_keep(&config);
     if (lengths && own_keep) {
         config.keep = own_keep;
-        status = lk_predict_memory(&config, lengths, n_rows, max_tokens, max_call, &memory);
+        status = lk_predict_memory(&config, lengths, n_rows, max_tokens, max_call.value, &memory);
     }
     PyMem_Free(lengths);
     PyMem_Free(own_keep);

@@ -71,11 +71,13 @@ PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
     py_state *state = PyModule_GetState(module);
     PyObject *cache_arg, *q_arg, *k = Py_None, *v = Py_None, *valid = Py_None, *scale_arg = Py_None;
     PyObject *softcap_arg = Py_None, *sinks = Py_None, *out_arg = Py_None, *result = NULL;
-    int n_threads = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|OO$OOOOOi:decode", names,
+    py_integer n_threads = {"n_threads", 0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|OO$OOOOOO&:decode", names,
                                      state->layer_cache_type, &cache_arg, &q_arg, &k, &v, &valid,
-                                     &scale_arg, &softcap_arg, &sinks, &out_arg, &n_threads))
+                                     &scale_arg, &softcap_arg, &sinks, &out_arg, py_parse_integer,
+                                     &n_threads))
         return NULL;
+    if (!py_check_threads(&n_threads)) return NULL;
     py_layer_cache *self = (py_layer_cache *)cache_arg;
     if ((k == Py_None) != (v == Py_None))
         return PyErr_Format(PyExc_TypeError, "k, v: expected both or neither, got one");
@@ -92,7 +94,7 @@ PyObject *py_decode(PyObject *module, PyObject *args, PyObject *kwargs) {
     lk_decode_args call = {.cache = self->cache,
                            .scale = (float)scale,
                            .softcap = (float)softcap,
-                           .n_threads = n_threads};
+                           .n_threads = (int)n_threads.value};
     PyArrayObject *q = py_check_array(
         q_arg, "q", type_num, 4, (int64_t[]){n_rows, PY_ANY, PY_ANY, self->config.head_dim}, false);
     if (!q) goto done;

@@ -6,9 +6,16 @@
 /* What both calls take, as Python gave it. */
 typedef struct {
     PyObject *q, *k_context, *v_context, *k, *v, *alpha, *scale, *start, *hidden;
-    long long sink, recent;
-    int n_threads;
+    py_integer sink, recent, n_threads;
 } inputs;
+
+static inputs no_inputs(void) {
+    return (inputs){.start = Py_None,
+                    .hidden = Py_None,
+                    .sink = {"sink", PY_MISSING},
+                    .recent = {"recent", PY_MISSING},
+                    .n_threads = {"n_threads", 0}};
+}
 
 /* The dtype of q decides; false with an exception. */
 static bool dtype_of(PyObject *q, lk_dtype *dtype) {
@@ -61,10 +68,12 @@ static bool parse_start(const inputs *in, lk_learn_args *args) {
 }
 
 static bool parse(const inputs *in, lk_learn_args *args) {
-    if (py_is_missing(in->sink, "sink") || py_is_missing(in->recent, "recent") ||
-        py_is_missing(in->scale ? 0 : PY_MISSING, "scale"))
+    const py_integer scale_given = {"scale", in->scale ? 0 : PY_MISSING};
+    if (py_is_missing(&in->sink) || py_is_missing(&in->recent) || py_is_missing(&scale_given))
         return false;
-    *args = (lk_learn_args){.sink = in->sink, .recent = in->recent, .n_threads = in->n_threads};
+    if (!py_check_threads(&in->n_threads)) return false;
+    *args = (lk_learn_args){
+        .sink = in->sink.value, .recent = in->recent.value, .n_threads = (int)in->n_threads.value};
     const int64_t any = PY_ANY;
     if (!dtype_of(in->q, &args->dtype)) return false;
     if (!parse_strided(in->q, "q", args->dtype, (int64_t[]){any, any, any, any}, &args->q))
@@ -103,8 +112,7 @@ static bool parse(const inputs *in, lk_learn_args *args) {
     args->alpha =
         py_check_contiguous(in->alpha, "alpha", NPY_FLOAT32, 2, (int64_t[]){n_heads, head_dim});
     if (!args->alpha) return false;
-    if (!py_check_least(in->sink, 0, "sink") || !py_check_least(in->recent, 1, "recent"))
-        return false;
+    if (!py_check_least(&in->sink, 0) || !py_check_least(&in->recent, 1)) return false;
     const double scale = PyFloat_AsDouble(in->scale);
     if (scale == -1.0 && PyErr_Occurred()) return false;
     /* Logits are in base 2 inside, so it is multiplied by log2(e), in float32. */
@@ -132,13 +140,13 @@ PyObject *py_learn_forward(PyObject *module, PyObject *args, PyObject *kwargs) {
                             "alpha",  "sink",      "recent",    "scale", "start",
                             "hidden", "n_threads", NULL};
     (void)module;
-    inputs in = {.start = Py_None, .hidden = Py_None, .sink = PY_MISSING, .recent = PY_MISSING};
+    inputs in = no_inputs();
     lk_learn_args call;
     PyObject *o = NULL, *lse = NULL, *result = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|$LLOOOi:learn_forward", names, &in.q,
-                                     &in.k_context, &in.v_context, &in.k, &in.v, &in.alpha,
-                                     &in.sink, &in.recent, &in.scale, &in.start, &in.hidden,
-                                     &in.n_threads))
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "OOOOOO|$O&O&OOOO&:learn_forward", names, &in.q, &in.k_context,
+            &in.v_context, &in.k, &in.v, &in.alpha, py_parse_integer, &in.sink, py_parse_integer,
+            &in.recent, &in.scale, &in.start, &in.hidden, py_parse_integer, &in.n_threads))
         return NULL;
     if (!parse(&in, &call)) return NULL;
     o = new_array(&call, call.n_q_heads, call.v_dim);
@@ -163,15 +171,16 @@ PyObject *py_learn_backward(PyObject *module, PyObject *args, PyObject *kwargs) 
                             "k",     "v",      "alpha",     "sink", "recent",    "scale",
                             "start", "hidden", "n_threads", NULL};
     (void)module;
-    inputs in = {.start = Py_None, .hidden = Py_None, .sink = PY_MISSING, .recent = PY_MISSING};
+    inputs in = no_inputs();
     lk_learn_args call;
     lk_learn_grads grads = {0};
     PyObject *d_o, *o, *lse, *result = NULL;
     PyObject *dq = NULL, *dk = NULL, *dv = NULL, *dalpha = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOOOOO|$LLOOOi:learn_backward", names, &d_o,
-                                     &o, &lse, &in.q, &in.k_context, &in.v_context, &in.k, &in.v,
-                                     &in.alpha, &in.sink, &in.recent, &in.scale, &in.start,
-                                     &in.hidden, &in.n_threads))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOOOOO|$O&O&OOOO&:learn_backward", names,
+                                     &d_o, &o, &lse, &in.q, &in.k_context, &in.v_context, &in.k,
+                                     &in.v, &in.alpha, py_parse_integer, &in.sink, py_parse_integer,
+                                     &in.recent, &in.scale, &in.start, &in.hidden, py_parse_integer,
+                                     &in.n_threads))
         return NULL;
     if (!parse(&in, &call)) return NULL;
     const int64_t shape[4] = {call.n_rows, call.n_q_heads, call.n_columns, call.v_dim};

@@ -8,10 +8,11 @@ PyObject *py_select_channels(PyObject *module, PyObject *args, PyObject *kwargs)
     static char *names[] = {"scores", "ratio", "align", NULL};
     PyObject *scores_arg;
     double ratio;
-    long long align;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OdL:select_channels", names, &scores_arg,
-                                     &ratio, &align))
+    py_integer align_arg = {"align", 0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OdO&:select_channels", names, &scores_arg,
+                                     &ratio, py_parse_integer, &align_arg))
         return NULL;
+    const long long align = align_arg.value;
     const float *scores = py_check_contiguous(scores_arg, "scores", NPY_FLOAT32, 3,
                                               (int64_t[]){PY_ANY, PY_ANY, PY_ANY});
     if (!scores) return NULL;
@@ -50,9 +51,11 @@ PyObject *py_check_mask(PyObject *module, PyObject *args, PyObject *kwargs) {
     (void)module;
     static char *names[] = {"keep", "align", NULL};
     PyObject *keep_arg;
-    long long align;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL:check_mask", names, &keep_arg, &align))
+    py_integer align_arg = {"align", 0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO&:check_mask", names, &keep_arg,
+                                     py_parse_integer, &align_arg))
         return NULL;
+    const long long align = align_arg.value;
     const uint8_t *keep =
         py_check_contiguous(keep_arg, "keep", NPY_BOOL, 3, (int64_t[]){PY_ANY, PY_ANY, PY_ANY});
     if (!keep) return NULL;

@@ -168,7 +168,13 @@ static int module_clear(PyObject *module) {
     return 0;
 }
 
-static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_USED}, /* a free-threaded Python turns it on, and says so */
+#endif
+    {0, NULL},
+};
 
 static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT,

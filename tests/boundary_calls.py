@@ -101,7 +101,9 @@ REFUSED = [
     (TypeError, r"valid: expected only .* k and v", {"k": None, "v": None, "valid": OUT}),
     (ValueError, r"q: expected one column .*, got 2 columns", {"k": None, "v": None}),
     (ValueError, r"q: expected at least one column, got 0", {"q": ONES["q"][:, :, :0]}),
-    (TypeError, r"n_threads|integer", {"n_threads": 1.5}),
+    (TypeError, r"n_threads: expected an integer, got float", {"n_threads": 1.5}),
+    (ValueError, r"n_threads: expected -\d+ to 2147483647, got 2147483648", {"n_threads": 2**31}),
+    (ValueError, r"n_threads: expected .*2\*\*60 in size, got 11805", {"n_threads": 2**70}),
     (TypeError, r"keyword", {"threads": 1}),
 ]
 
@@ -173,6 +175,7 @@ ERRORS = {
     "create dtype": lambda cache: LayerCache(KEEP, n_rows=1, dtype="x", **WINDOW),
     "create keep": lambda cache: LayerCache(KEEP[:, :9], n_rows=1, **WINDOW),
     "create window": lambda cache: LayerCache(KEEP, n_rows=1, sink=0),
+    "create huge": lambda cache: LayerCache(KEEP, n_rows=1, sink=2**70, recent=8),
     "create limit": lambda cache: LayerCache(KEEP, n_rows=1, max_tokens=2**60, **WINDOW),
     "hold reserved": lambda cache: LayerCache(KEEP, n_rows=1, max_tokens=9, **WINDOW).hold(True),
     "predict_memory": lambda cache: _C.predict_memory(KEEP, -LENGTHS, **WINDOW),

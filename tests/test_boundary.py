@@ -11,7 +11,22 @@ import pytest
 
 from leank import _C, LayerCache, decode
 
-from .boundary_calls import DV, HKV, HQ, OUT, REFUSED, SINKS, B, D, good
+from .boundary_calls import (
+    DV,
+    FORWARD,
+    HKV,
+    HQ,
+    KEEP,
+    LEARN,
+    LEARN_INPUTS,
+    OUT,
+    REFUSED,
+    SCORES,
+    SINKS,
+    B,
+    D,
+    good,
+)
 from .cache_tools import snapshot
 from .conftest import DTYPES, draw, random_keep
 
@@ -227,6 +242,33 @@ def test_the_gil_is_released(rng):
 
 
 # ------------------------------------------------------------------------------- absurd sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("n_columns", lambda cache: cache.crop(2**70)),
+        ("n_columns", lambda cache: cache.crop(-(2**63) - 1)),
+        ("n_columns", lambda cache: cache.expect_prompt(2**70)),
+        ("row", lambda cache: cache.gather(2**70)),
+        ("align", lambda cache: _C.check_mask(KEEP[None], 2**70)),
+        ("align", lambda cache: _C.select_channels(SCORES.reshape(1, HKV, D), 0.5, 2**70)),
+        ("sink", lambda cache: _C.learn_forward(*LEARN_INPUTS, **(LEARN | {"sink": 2**70}))),
+        ("n_threads", lambda cache: _C.learn_forward(*LEARN_INPUTS, **LEARN, n_threads=2**70)),
+        (
+            "recent",
+            lambda cache: _C.learn_backward(
+                FORWARD[0], *FORWARD, *LEARN_INPUTS, **(LEARN | {"recent": 2**70})
+            ),
+        ),
+    ],
+)
+def test_integers_of_more_than_64_bits(cache, name, call):
+    before = snapshot(cache)
+    message = rf"^{name}: expected less than 2\*\*60 in size, got -?\d+$"
+    with pytest.raises(ValueError, match=message):
+        call(cache)
+    assert snapshot(cache) == before
 
 
 def absurd(*shape):

@@ -74,6 +74,21 @@ def test_one_key_for_all_rows(rng):
         np.testing.assert_array_equal(cache.gather(b)[1][1], v[0, 1])
 
 
+def test_what_was_appended_may_die(rng):
+    """Arrays over memory that goes away with the call, and arrays that are used again."""
+    cache = make(rng, 2)
+    same = cache.copy()
+    k, v = span(rng, cache, 70)
+    same.append(k, v)
+    memory = bytearray(k.tobytes() + v.tobytes())
+    whole = np.frombuffer(memory, np.float32)
+    cache.append(whole[: k.size].reshape(k.shape), whole[k.size :].reshape(v.shape))
+    whole[:] = np.nan
+    del whole
+    memory.clear()  # BufferError if the cache still had a view
+    assert snapshot(cache) == snapshot(same)
+
+
 def test_properties(rng):
     keep = random_keep(rng, 64, (8, 64))
     window = {"sink": 3, "recent": 4, "slack": 5}

@@ -249,7 +249,15 @@ def test_a_failed_first_call_does_not_forget_the_announcement(rng):
             ValueError,
             r"max_call: expected .*2\*\*60, got 1152921504606846976",
         ),
-        ({"max_tokens": "9"}, TypeError, r"integer"),
+        ({"n_rows": 2**70}, ValueError, r"n_rows: expected less than 2\*\*60 in size, got 11805"),
+        ({"sink": 2**70}, ValueError, r"sink: expected .*2\*\*60 in size, got 11805"),
+        ({"recent": -(2**70)}, ValueError, r"recent: expected .*2\*\*60 in size, got -11805"),
+        ({"slack": 2**64}, ValueError, r"slack: expected .*2\*\*60 in size, got 18446"),
+        ({"v_dim": 2**64}, ValueError, r"v_dim: expected .*2\*\*60 in size, got 18446"),
+        ({"max_tokens": 2**63}, ValueError, r"max_tokens: expected .*2\*\*60 in size, got 92233"),
+        ({"max_call": 2**63}, ValueError, r"max_call: expected .*2\*\*60 in size, got 92233"),
+        ({"sink": 1.5}, TypeError, r"sink: expected an integer, got float"),
+        ({"max_tokens": "9"}, TypeError, r"max_tokens: expected an integer, got str"),
         ({"keep": np.ones((2, 12), bool)}, ValueError, r"keep: expected .*8.*, got 12"),
         ({"keep": np.ones((0, 16), bool)}, ValueError, r"keep: expected 1 to \d+ heads, got 0"),
         ({"keep": np.eye(8, dtype=bool)}, ValueError, r"keep: expected .*8 channels, head 0"),
@@ -264,7 +272,7 @@ def test_create_and_predict_refuse(options, error, message):
     keep, n_rows = options.pop("keep"), options.pop("n_rows")
     with pytest.raises(error, match=message):
         LayerCache(keep, n_rows=n_rows, **options)
-    if n_rows == 1:
+    if n_rows == 1:  # the other has no such argument
         with pytest.raises(error, match=message):
             _C.predict_memory(keep, np.zeros(1, np.int64), **options)
 

@@ -1,6 +1,7 @@
 /* test_capi.c: the C library without Python, for sanitizers, valgrind and emulators.
  *
  *   test_capi [SETTINGS]                  random calls against naive.h, errors, failing allocations
+ *   test_capi soak COLUMNS                as many columns through one long cache of each dtype
  *   test_capi vectors FILE [VARIANT...]   the cases that tests/capi/neon.py wrote, on each variant
  *
  * Built by tests/capi/build.py. The error bounds here are coarse; tests/compare.py has the budget. */
@@ -12,7 +13,9 @@
 
 static const int64_t call_sizes[] = {1, 1, 1, 2, 17, 63, 64, 65, 130};
 
-static void append_some(lk_cache *cache, naive_cache *naive, bool attend, int64_t n_q_heads) {
+/* One call through one of the ways there are; returns its columns. `look`: compare the outputs too. */
+static int64_t append_some(lk_cache *cache, naive_cache *naive, bool attend, int64_t n_q_heads,
+                           bool look) {
     const int64_t n_sizes = sizeof call_sizes / sizeof *call_sizes;
     const int64_t T = call_sizes[random_below(n_sizes)];
     uint8_t valid[MAX_ROWS * 130];
@@ -22,33 +25,48 @@ static void append_some(lk_cache *cache, naive_cache *naive, bool attend, int64_
     naive_put(naive, &span);
     if (attend) {
         CHECK_OK(lk_cache_put(cache, &span));
-        check_decode(cache, naive, n_q_heads, T);
+        if (look) check_decode(cache, naive, n_q_heads, T);
         lk_cache_settle(cache);
         naive_settle(naive);
     } else {
         CHECK_OK(lk_cache_append(cache, &span));
         naive_settle(naive);
-        if (T == 1) check_decode(cache, naive, n_q_heads, 1);
+        if (look && T == 1) check_decode(cache, naive, n_q_heads, 1);
     }
     free_span(&span);
+    return T;
 }
 
-static void run_random_calls(const lk_config *config, int64_t n_q_heads, int n_calls) {
+typedef struct {
+    int64_t n_columns, most_columns; /* appended in all; and at a time, about */
+    int64_t look_every;              /* calls; at all that is stored 8 times more rarely */
+} run_size;
+
+/* The longer the cache is, the more often most of it goes; else a few columns, as drafts do. */
+static int64_t crop_to(int64_t n_columns, int64_t most_columns) {
+    if (random_below(most_columns) < n_columns && random_below(2))
+        return random_below(n_columns + 1);
+    return n_columns - random_below(n_columns < 100 ? n_columns + 1 : 100);
+}
+
+static int64_t n_random_calls, n_longest; /* of a soak: calls, and columns at a time */
+
+static void run_random_calls(const lk_config *config, int64_t n_q_heads, run_size size) {
     lk_cache *cache, *copy = NULL;
     naive_cache *naive = malloc(sizeof *naive), *naive_of_copy = malloc(sizeof *naive_of_copy);
     CHECK(naive != NULL && naive_of_copy != NULL);
     naive_init(naive, config, 1 + random_below(3));
     CHECK_OK(lk_cache_create(config, naive->n_rows, &cache));
-    for (int i = 0; i < n_calls; i++) {
-        const int64_t kind = naive->n_columns > 700 ? 8 : random_below(13);
+    for (int64_t n_appended = 0; n_appended < size.n_columns; n_random_calls++) {
+        const bool look = n_random_calls % size.look_every == 0;
+        const int64_t kind = naive->n_columns > size.most_columns ? 8 : random_below(13);
         if (naive->n_columns == 0 && random_below(2)) {
             naive->announced = 1 + random_below(200);
             CHECK_OK(lk_cache_expect_prompt(cache, naive->announced));
         }
-        if (kind < 8) append_some(cache, naive, kind % 2 == 0, n_q_heads);
+        if (kind < 8) n_appended += append_some(cache, naive, kind % 2 == 0, n_q_heads, look);
         else if (kind == 8) {
-            const int64_t n = random_below(3) ? naive->n_columns - naive->n_columns / 8
-                                              : random_below(naive->n_columns + 1);
+            const int64_t n = crop_to(naive->n_columns, size.most_columns);
             CHECK_OK(lk_cache_crop(cache, n));
             naive_crop(naive, n);
         } else if (kind == 9) {
@@ -77,27 +95,26 @@ static void run_random_calls(const lk_config *config, int64_t n_q_heads, int n_c
             CHECK_OK(lk_cache_hold(cache, on));
             naive_hold(naive, on);
         }
+        if (naive->n_columns > n_longest) n_longest = naive->n_columns;
         check_state(cache, naive);
-        if (i % 8 == 0) check_gather(cache, naive);
+        check_memory(cache, naive);
+        if (n_random_calls % (8 * size.look_every) == 0) check_gather(cache, naive);
     }
     check_gather(cache, naive);
-    lk_cache_free(cache);
-    naive_free_rows(naive);
     if (copy != NULL) {
         check_gather(copy, naive_of_copy);
         lk_cache_free(copy);
         naive_free_rows(naive_of_copy);
     }
+    CHECK_OK(lk_cache_crop(cache, 0));
+    CHECK(lk_cache_memory(cache).slab_bytes == 0); /* no page was lost on the way */
+    lk_cache_free(cache);
+    naive_free_rows(naive);
     free(naive);
     free(naive_of_copy);
 }
 
 /* -------------------------------------------------------------------- memory and limits */
-
-static bool same_memory(lk_memory a, lk_memory b) {
-    return a.n_pages == b.n_pages && a.n_twins == b.n_twins && a.k_bytes == b.k_bytes &&
-           a.v_bytes == b.v_bytes;
-}
 
 static void test_memory(const lk_config *config) {
     lk_cache *cache;
@@ -301,10 +318,47 @@ static void run_vectors(const char *path, char **names, int n_names) {
 
 /* --------------------------------------------------------------------------------------------- main */
 
+/* Heads of each kind: empty, with 8 channels, whole, and without 8. Spread, and other ones for each head; 3 divides
+ * no head_dim. */
+static void fill_keep(uint8_t *keep, int32_t head_dim) {
+    memset(keep, 0, (size_t)(4 * head_dim));
+    const int32_t kept[] = {0, 8, head_dim, head_dim - 8};
+    for (int g = 0; g < 4; g++)
+        for (int32_t c = 0; c < kept[g]; c++) keep[g * head_dim + (c * 3 + g) % head_dim] = 1;
+}
+
+static void soak(int64_t n_columns) {
+    uint8_t keep[4 * 16];
+    fill_keep(keep, 16);
+    for (lk_dtype dtype = LK_F32; dtype <= LK_F16; dtype++) {
+        const lk_config config = {.dtype = dtype,
+                                  .n_heads = 4,
+                                  .head_dim = 16,
+                                  .v_dim = 24,
+                                  .sink = 35,
+                                  .recent = 100,
+                                  .slack = 64,
+                                  .keep = keep};
+        n_random_calls = n_longest = n_compared = n_predicted = 0;
+        run_random_calls(&config, 8, (run_size){n_columns, 15000, 40});
+        CHECK(n_compared > 0 && n_predicted > 0);
+        printf(
+            "dtype %d: %lld columns, up to %lld at a time, in %lld calls; bytes as expected after "
+            "each, after %lld what lk_predict_memory says; %lld outputs compared\n",
+            (int)dtype, (long long)n_columns, (long long)n_longest, (long long)n_random_calls,
+            (long long)n_predicted, (long long)n_compared);
+        fflush(stdout);
+    }
+}
+
 int main(int argc, char **argv) {
     lk_test_poison(1);
     if (argc > 3 && strcmp(argv[1], "vectors") == 0) {
         run_vectors(argv[2], argv + 3, argc - 3);
+        return 0;
+    }
+    if (argc == 3 && strcmp(argv[1], "soak") == 0) {
+        soak(atoll(argv[2]));
         return 0;
     }
     const int n_settings = argc > 1 ? atoi(argv[1]) : 9;
@@ -317,13 +371,8 @@ int main(int argc, char **argv) {
         config.sink = random_below(3) * 35;
         config.recent = 1 + random_below(100);
         config.slack = random_below(2) * 64;
-        memset(keep, 0, sizeof keep);
-        const int32_t kept[] = {0, 8, config.head_dim, config.head_dim - 8};
-        for (int g = 0; g < 4;
-             g++) /* spread, and other ones for each head; 3 divides no head_dim */
-            for (int32_t c = 0; c < kept[g]; c++)
-                keep[g * config.head_dim + (c * 3 + g) % config.head_dim] = 1;
-        run_random_calls(&config, 4 * (1 + random_below(4)), 60);
+        fill_keep(keep, config.head_dim);
+        run_random_calls(&config, 4 * (1 + random_below(4)), (run_size){1000, 700, 1});
         test_memory(&config);
         if (i < 3) test_faults(&config); /* each dtype */
         test_errors(&config);

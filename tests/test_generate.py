@@ -13,6 +13,7 @@ from transformers import DynamicCache  # noqa: E402
 import leank  # noqa: E402
 
 from .compare import assert_within_budget  # noqa: E402
+from .families import FAMILIES as OTHER_FAMILIES  # noqa: E402
 from .tiny_models import (  # noqa: E402
     FAMILIES,
     RECENT,
@@ -249,6 +250,42 @@ def test_half_dtypes_in_generate(dtype):
         out = generate(model, ids, mask, prefill_chunk_size=25, n=1)
     name = str(dtype).removeprefix("torch.")
     assert_within_budget(logits(out), logits(truth), logits(plain), name)
+
+
+# ------------------------------------------------------------------------- past the context
+
+
+def test_past_the_context_a_model_goes_on_as_it_would():
+    model = tiny(max_position_embeddings=64)
+    double, ids = wide(model), prompts([60])[0]
+    plain, truth = (generate(m, ids, n=70) for m in (model, double))
+    with leank.patch(model, all_keeping()):
+        assert_same(generate(model, ids, n=70), truth, plain)
+    with oracle(model, pruned(), 60), oracle(double, pruned(), 60):
+        plain, truth = (generate(m, ids, n=70) for m in (model, double))
+    with leank.patch(model, pruned()):
+        assert_same(generate(model, ids, n=70), truth, plain)
+
+
+def test_past_the_context_embedded_positions_raise_as_they_would():
+    """After it the cache has the tokens that fit, and the next call is as good as the first."""
+    model = OTHER_FAMILIES["gpt2"].make(max_position_embeddings=64)
+    ids, step = prompts([60])[0], torch.ones(1, 1, dtype=torch.long)
+    with pytest.raises(IndexError):
+        generate(model, ids, n=9)
+    mask = leank.ChannelMask.dense(3, 4, 16, sink=SINK, recent=RECENT)
+    plain = generate(model, ids, n=4).sequences
+    with leank.patch(model, mask):
+        cache = leank.make_cache(model)
+        model(ids, past_key_values=cache)
+        model(ids[:, :4], past_key_values=cache)
+        before = cache.memory()
+        with pytest.raises(IndexError):
+            model(step, past_key_values=cache)
+        assert cache.get_seq_length() == 64 and cache.memory() == before
+        with pytest.raises(IndexError):
+            generate(model, ids, n=9)
+        assert torch.equal(generate(model, ids, n=4).sequences, plain)
 
 
 # ------------------------------------------------------------------------- a pretrained model

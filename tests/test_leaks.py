@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import leank
 from leank import _C, LayerCache, decode
 
 from .boundary_calls import CALLS, ERRORS, ONES, small_cache
@@ -112,3 +113,32 @@ def test_failing_allocations(name):
             _C._fail_allocation(0)
 
     assert_flat(one_round, 10_000, 500, 1 << 19)
+
+
+@pytest.mark.long
+def test_generate_20000_tokens():
+    """All that grows is the cache, as predicted."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from .tiny_models import prompts, pruned, tiny
+
+    n, every = 20_000, 500
+    model, seen = tiny(max_position_embeddings=n + every), []
+
+    def look(ids, scores):
+        if ids.shape[1] % every == 0:
+            seen.append((ids.shape[1], cache.memory(), resident_bytes()))
+        return scores
+
+    with leank.patch(model, pruned()) as handle:
+        cache = leank.make_cache(model)
+        options = {"max_new_tokens": n, "do_sample": False, "logits_processor": [look]}
+        ids = model.generate(prompts([every])[0], past_key_values=cache, **options)
+    assert ids.shape == (1, n + every) and len(seen) == n // every
+    for length, memory, _ in seen:
+        predicted = handle.mask.predict_memory([length])
+        assert memory | {"slab_bytes": 0} == predicted | {"slab_bytes": 0}
+    # The cache grows by 7 MB from here on, and what the allocator keeps for reuse moves by 4 MB.
+    # Dense K and V would add 12 MB.
+    (_, first, before), (_, last, after) = seen[7], seen[-1]
+    assert after - before < last["slab_bytes"] - first["slab_bytes"] + (6 << 20)

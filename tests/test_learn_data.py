@@ -413,6 +413,37 @@ def test_too_little_text_is_refused(corpus, chat):
         samples(Corpus((), (), ()), "train", chat)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected enough for passages in all three parts, got 0 characters"),
+        (b"\xef\xbb\xbf \n\t\n", "expected enough .*, got 0 characters"),
+        (b"\0" * 100_000, "expected enough .*, got 0 characters"),
+        (bytes(range(256)) * 400, "expected a UTF-8 text file, got .*: 'utf-8' codec can't decode"),
+        (b"\xed\xa0\x80" * 1000, "expected a UTF-8 text file, got .*: 'utf-8' codec can't decode"),
+    ],
+)
+def test_what_is_no_text(tmp_path, content, message):
+    """As leank learn and leank eval read it."""
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(DataError, match=f"^text: {message}"):
+        split(text.read_text([tmp_path / "text"]))
+
+
+def test_a_text_of_spaces_is_cut_in_an_instant():
+    """A million spaces between two letters took hours, since each was a new start of a search."""
+    with pytest.raises(DataError, match="got 4 characters"):
+        split(["a" + " " * 1_000_000 + "b"])
+
+
+def test_one_line_without_an_end_is_cut_between_words():
+    numbers = " ".join(str(i * i) for i in range(10**9, 10**9 + 5000))
+    corpus = split([numbers])
+    passages = [passage for part in PARTS for passage in corpus.part(part)]
+    assert max(map(len, passages)) <= 2000
+    assert sorted(" ".join(passages).split()) == numbers.split()
+
+
 def test_tokenizers_without_offsets_or_with_odd_templates_are_refused(corpus, chat):
     class Slow:
         is_fast = False

@@ -22,6 +22,7 @@ WINDOW = 50  # characters; no stretch of this length is in two parts
 
 _PASSAGE = 2000  # characters of a passage, at most
 _SHORTEST = 200
+_GAP = re.compile(r"[\n ]*")
 _FACTOR = np.array([0x9E3779B97F4A7C15], np.uint64)  # an array, since scalars warn of overflow
 
 # Not text, of one machine only, or packages that distributions ship apart from Python: with them
@@ -242,7 +243,8 @@ def _tidy(text: str) -> str:
     """Unify line ends and spaces; shorten rulers and gaps, which cost tokens and say nothing."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").expandtabs()
     text = "".join(c for c in text if c == "\n" or c.isprintable())
-    text = re.sub(r" +$", "", text, flags=re.MULTILINE)
+    # Not re.sub(r" +$"): it looks again from each space of a long row of them.
+    text = "\n".join(line.rstrip(" ") for line in text.split("\n"))
     text = re.sub(r"([^\w\s])\1{3,}", r"\1\1\1\1", text)
     text = re.sub(r"(?<=\S) {3,}", "  ", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
@@ -269,14 +271,15 @@ def _passages(texts: list[str]) -> list[str]:
 
 def _pieces(paragraph: str) -> list[str]:
     """Cut a paragraph longer than a passage, after a line or else after a word."""
-    pieces = []
-    while len(paragraph) > _PASSAGE:
-        cut = paragraph.rfind("\n", 1, _PASSAGE)
-        cut = cut if cut > 0 else paragraph.rfind(" ", 1, _PASSAGE)
-        cut = cut if cut > 0 else _PASSAGE
-        pieces.append(paragraph[:cut])
-        paragraph = paragraph[cut:].lstrip("\n ")
-    return [*pieces, paragraph]
+    pieces, begin = [], 0
+    while len(paragraph) - begin > _PASSAGE:
+        end = begin + _PASSAGE
+        cut = paragraph.rfind("\n", begin + 1, end)
+        cut = cut if cut > 0 else paragraph.rfind(" ", begin + 1, end)
+        cut = cut if cut > 0 else end
+        pieces.append(paragraph[begin:cut])
+        begin = _GAP.match(paragraph, cut).end()
+    return [*pieces, paragraph[begin:]]
 
 
 def _place(passage: str) -> float:

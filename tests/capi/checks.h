@@ -1,11 +1,11 @@
-/* checks.h: a cache against naive.h: lengths, contents, and attention with each variant. */
+/* checks.h: a cache against naive.h: lengths, bytes, contents, and attention with each variant. */
 #ifndef LK_TEST_CHECKS_H
 #define LK_TEST_CHECKS_H
 
 #include "naive.h"
 
 static const double tolerance[] = {[LK_F32] = 4e-5, [LK_BF16] = 6e-2, [LK_F16] = 8e-3};
-static int64_t n_compared;
+static int64_t n_compared, n_predicted;
 
 static inline lk_span random_span(const lk_config *config, int64_t n_rows, int64_t n_columns,
                                   const uint8_t *valid) {
@@ -33,6 +33,70 @@ static inline void check_state(const lk_cache *cache, const naive_cache *naive) 
         CHECK(lk_cache_length(cache, b) == naive->row[b].len);
         CHECK(lk_cache_lo(cache, b) == naive->row[b].lo);
         CHECK(lk_cache_prompt(cache, b) == naive->row[b].n0);
+    }
+}
+
+/* How many there are in all rows, those that rows share once. */
+static inline int64_t count_shared_once(const naive_cache *naive, bool twins) {
+    int64_t n = 0;
+    for (int64_t b = 0; b < naive->n_rows; b++) {
+        for (int64_t i = 0; i < MAX_PAGES; i++) {
+            const naive_row *row = naive->row;
+            const int64_t own = twins ? row[b].twin[i] : row[b].page[i];
+            bool first = own != 0;
+            for (int64_t a = 0; a < b; a++)
+                first = first && own != (twins ? row[a].twin[i] : row[a].page[i]);
+            n += first;
+        }
+    }
+    return n;
+}
+
+static inline bool same_memory(lk_memory a, lk_memory b) {
+    return a.n_pages == b.n_pages && a.n_twins == b.n_twins && a.k_bytes == b.k_bytes &&
+           a.v_bytes == b.v_bytes;
+}
+
+/* Bytes of a growing cache that is settled: what lk_predict_memory says, unless rows share pages, or have more twins
+ * than it supposes (an open prompt, a hold) or fewer (a crop); and always what those that are there take. */
+static inline void check_memory(const lk_cache *cache, const naive_cache *naive) {
+    const lk_config *config = &naive->config;
+    const int64_t D = config->head_dim;
+    size_t n_kept = 0, n_live = 0;
+    for (int64_t g = 0; g < config->n_heads; g++) {
+        size_t n = 0;
+        for (int64_t c = 0; c < D; c++) n += config->keep[g * D + c] != 0;
+        n_kept += n;
+        n_live += n > 0;
+    }
+    const size_t n_channels = (size_t)(config->n_heads * D), Dv = (size_t)config->v_dim;
+    const size_t n_empty = (size_t)config->n_heads - n_live;
+    const size_t each = LK_PAGE_TOKENS * lk_dtype_bytes(config->dtype);
+    const int64_t n_pages = count_shared_once(naive, false);
+    const int64_t n_twins = n_kept < n_channels ? count_shared_once(naive, true) : 0;
+    const size_t pages = (size_t)n_pages * each, twins = (size_t)n_twins * each;
+    const lk_memory got = lk_cache_memory(cache);
+    CHECK(got.n_pages == n_pages && got.n_twins == n_twins);
+    CHECK(got.k_bytes == pages * n_kept + twins * (n_channels - n_kept));
+    CHECK(got.v_bytes == (pages * n_live + twins * n_empty) * Dv);
+    CHECK(got.slab_bytes >= got.k_bytes + got.v_bytes);
+
+    lk_memory predicted;
+    int64_t lengths[MAX_ROWS], n_unshared = 0;
+    bool as_supposed = true;
+    for (int64_t b = 0; b < naive->n_rows; b++) {
+        const naive_row *row = &naive->row[b];
+        const int64_t old = row->len - config->recent - config->slack;
+        const int64_t lo = old > 0 ? old / LK_PAGE_TOKENS * LK_PAGE_TOKENS : 0;
+        lengths[b] = row->len;
+        n_unshared += (row->len + LK_PAGE_TOKENS - 1) / LK_PAGE_TOKENS;
+        as_supposed = as_supposed && row->lo == (lo > config->sink ? lo : config->sink);
+    }
+    CHECK_OK(lk_predict_memory(config, lengths, naive->n_rows, -1, 1, &predicted));
+    CHECK(predicted.n_pages == n_unshared);
+    if (as_supposed && n_pages == n_unshared) {
+        CHECK(same_memory(got, predicted));
+        n_predicted++;
     }
 }
 

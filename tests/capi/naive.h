@@ -1,5 +1,5 @@
 /* naive.h: what test_capi.c compares with. Stores every token as double and attends by the rule at the
- * top of leank.h, one key at a time. Shares no code with csrc. */
+ * top of leank.h, one key at a time, and knows which pages and twins there must be. Shares no code with csrc. */
 #ifndef LK_TEST_NAIVE_H
 #define LK_TEST_NAIVE_H
 
@@ -12,7 +12,8 @@
 #include <string.h>
 
 #define MAX_ROWS 4
-#define MAX_COLUMNS 4096
+#define MAX_COLUMNS 16384
+#define MAX_PAGES (MAX_COLUMNS / LK_PAGE_TOKENS)
 
 /* A broken promise ends the run: what follows it would only confuse. */
 #define CHECK(cond)                                                                                \
@@ -77,6 +78,9 @@ typedef struct {
     int64_t len, lo, n0; /* n0 is -1 while the prompt is not complete */
     int64_t held;        /* INT64_MAX: not */
     double *k, *v;       /* [len, Hkv, D], [len, Hkv, Dv] */
+    int64_t room;        /* tokens that fit into k and v */
+    /* Who they are, 0: not there. Rows that share a page have the same number at the same place. */
+    int64_t page[MAX_PAGES], twin[MAX_PAGES];
     uint8_t real[MAX_COLUMNS];
 } naive_row;
 
@@ -109,6 +113,7 @@ static inline naive_row naive_copy_row(const naive_cache *cache, int64_t b) {
     naive_row row = cache->row[b];
     row.k = duplicate(row.k, row.len * cache->config.n_heads * cache->config.head_dim);
     row.v = duplicate(row.v, row.len * cache->config.n_heads * cache->config.v_dim);
+    row.room = row.len;
     return row;
 }
 
@@ -136,6 +141,22 @@ static inline void naive_complete_prompt(const naive_cache *cache, naive_row *ro
     row->n0 = announced_tokens > 0 ? announced_tokens : row->len;
 }
 
+static inline void naive_grow(naive_row *row, int64_t n_tokens, const lk_config *config) {
+    if (n_tokens <= row->room) return;
+    row->room = 2 * n_tokens;
+    const size_t n = (size_t)(row->room * config->n_heads) * sizeof(double);
+    row->k = realloc(row->k, n * (size_t)config->head_dim);
+    row->v = realloc(row->v, n * (size_t)config->v_dim);
+    CHECK(row->k != NULL && row->v != NULL);
+}
+
+/* Pages that a row writes to are its own from then on. */
+static inline void naive_own_pages(naive_row *row, int64_t from, int64_t to) {
+    static int64_t n_pages = 0;
+    for (int64_t i = from / LK_PAGE_TOKENS; i * LK_PAGE_TOKENS < to && from < to; i++)
+        row->page[i] = row->twin[i] = ++n_pages;
+}
+
 /* The span's strides must be those of contiguous [B, Hkv, T, D] and [B, Hkv, T, Dv]. */
 static inline void naive_put(naive_cache *cache, const lk_span *span) {
     const lk_config *config = &cache->config;
@@ -144,9 +165,8 @@ static inline void naive_put(naive_cache *cache, const lk_span *span) {
     CHECK(cache->n_columns + T <= MAX_COLUMNS);
     for (int64_t b = 0; b < cache->n_rows; b++) {
         naive_row *row = &cache->row[b];
-        row->k = realloc(row->k, (size_t)((row->len + T) * Hkv * D) * sizeof(double) + 1);
-        row->v = realloc(row->v, (size_t)((row->len + T) * Hkv * Dv) * sizeof(double) + 1);
-        CHECK(row->k != NULL && row->v != NULL);
+        const int64_t len = row->len;
+        naive_grow(row, len + T, config);
         for (int64_t t = 0; t < T; t++) {
             const bool real = span->valid == NULL || span->valid[b * T + t] != 0;
             row->real[cache->n_columns + t] = real;
@@ -160,6 +180,7 @@ static inline void naive_put(naive_cache *cache, const lk_span *span) {
             }
             row->len++;
         }
+        naive_own_pages(row, len, row->len);
     }
     cache->n_columns += T;
     for (int64_t b = 0; b < cache->n_rows; b++) naive_complete_prompt(cache, &cache->row[b]);
@@ -175,6 +196,9 @@ static inline void naive_settle(naive_cache *cache) {
         if (row->n0 < 0 || old < 0) continue;
         const int64_t lo = old / LK_PAGE_TOKENS * LK_PAGE_TOKENS;
         if (lo > row->lo) row->lo = lo;
+        for (int64_t i = 0; i < MAX_PAGES; i++)
+            if (i * LK_PAGE_TOKENS >= config->sink && (i + 1) * LK_PAGE_TOKENS <= row->lo)
+                row->twin[i] = 0;
     }
 }
 
@@ -192,6 +216,8 @@ static inline void naive_crop(naive_cache *cache, int64_t n_columns) {
         if (row->lo > row->len) row->lo = row->len;
         if (row->lo < cache->config.sink) row->lo = cache->config.sink;
         if (row->len == 0) row->n0 = -1;
+        for (int64_t i = 0; i < MAX_PAGES; i++)
+            if (i * LK_PAGE_TOKENS >= row->len) row->page[i] = row->twin[i] = 0;
     }
     cache->n_columns = n_columns;
     if (n_columns == 0) cache->announced = -1;

@@ -123,6 +123,7 @@ static void one_call(fuzz_input *in, pair *p) {
     }
     }
     check_state(p->cache, naive);
+    if (max_tokens < 0) check_memory(p->cache, naive);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
