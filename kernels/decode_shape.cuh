@@ -38,8 +38,8 @@ static __host__ __device__ __forceinline__ int32_t part_floats(int32_t r, int32_
     return (r * (2 + head_dim) + 3) / 4 * 4;
 }
 
-/* Floats that a block's parts of a span have: of two chunks, with two parts each of 256 columns at D 128, which are the most. */
-#define LK_SPAN_STATE_FLOATS ((size_t)(2 * 2) * 256 * (128 + 2))
+/* Floats that the two parts of a block's chunk of a span have: 256 columns at D 128, which are the most. */
+#define LK_SPAN_STATE_FLOATS ((size_t)2 * 256 * (128 + 2))
 
 typedef struct {
     lk_cuda_layer layer;

@@ -1,6 +1,6 @@
 /* span.cuh: attention of several tokens per row, which are stored already; see lk_cuda_span in leank_cuda.h.
  *
- * Grid: one block per multiprocessor; each takes chunks of the work (plan.h) as the blocks of decode.cuh do, but a unit is a
+ * Grid: one block per multiprocessor; each has a chunk of the work (plan.h) as the blocks of decode.cuh have, but a unit is a
  * block of query columns of a (row, head), and all 8 warps compute. A warp has up to 32 columns (16 at D 256): column_warps
  * of them share the tokens of a tile, the others have other tokens, and their states are merged when the part ends.
  *
@@ -17,16 +17,16 @@
 
 /* --------------------------------------------------------------------------------------------------- parts */
 
-/* Shares are cut in two, not more: a block has to get ready for each part. */
-#define LK_SPAN_HALVINGS 0
-
+/* One chunk for each block: it has to get ready for each part, which costs more than blocks that end at different times. */
 template <typename T, int D>
 __device__ __forceinline__ void open_chunk(const span_params &p, const span_smem<T, D> &s) {
     span_cursor &at = *s.cursor;
-    const int32_t n_chunks = at.cut.n_blocks * at.cut.n_chunks;
-    const int32_t chunk = at.taken < n_chunks ? lk_cut_chunk_taken(&at.cut, at.taken) : n_chunks;
-    at.begin = lk_cut_begin(&at.cut, chunk);
-    at.end = at.taken < n_chunks ? lk_cut_begin(&at.cut, chunk + 1) : at.begin;
+    const int32_t n_units = p.layer.n_rows * p.layer.n_heads * p.column_blocks;
+    const int32_t chunk = (int32_t)blockIdx.x;
+    const lk_cut cut = lk_cut_make(s.row_base[count_views(p)], n_units, (int32_t)gridDim.x,
+                                   lk_whole_cost(D) + p.tile_cost, 0);
+    at.begin = lk_cut_begin(&cut, chunk);
+    at.end = lk_cut_begin(&cut, chunk + 1);
     /* The last view that begins at or before `begin`: row_base[low] <= begin < row_base[high], if anywhere. */
     int32_t low = 0, high = count_views(p);
     while (high - low > 1) {
@@ -45,33 +45,27 @@ template <typename T, int D>
 __device__ __forceinline__ void next_part(const span_params &p, const span_smem<T, D> &s) {
     span_cursor &at = *s.cursor;
     span_part &part = *s.part;
-    for (;;) {
-        while (at.view < count_views(p) && at.base < at.end) {
-            const row_view view = s.row[at.view];
-            const lk_unit u = make_unit(p, view, s.n_kept[at.head]);
-            part.row = at.view / p.column_blocks;
-            part.block = at.view % p.column_blocks;
-            part.head = at.head;
-            part.view = view;
-            part.tile_begin = lk_unit_first_tile(&u, at.base, at.begin);
-            part.tile_end = lk_unit_first_tile(&u, at.base, at.end);
-            part.ends = part.tile_end == u.n_tiles;
-            at.base += lk_unit_cost(&u);
-            const int32_t i = at.view;
-            if (++at.head == p.layer.n_heads) {
-                at.head = 0;
-                at.view++;
-            }
-            if (part.tile_begin == part.tile_end) continue;
-            part.seen = first_of_view(p, i) + 1;
-            part.whole_from = full_lo_of(p.layer, state_lo(p.layer)[part.row],
-                                         state_n0(p.layer)[part.row], view.end - 1);
-            return;
+    while (at.view < count_views(p) && at.base < at.end) {
+        const row_view view = s.row[at.view];
+        const lk_unit u = make_unit(p, view, s.n_kept[at.head]);
+        part.row = at.view / p.column_blocks;
+        part.block = at.view % p.column_blocks;
+        part.head = at.head;
+        part.view = view;
+        part.tile_begin = lk_unit_first_tile(&u, at.base, at.begin);
+        part.tile_end = lk_unit_first_tile(&u, at.base, at.end);
+        part.ends = part.tile_end == u.n_tiles;
+        at.base += lk_unit_cost(&u);
+        const int32_t i = at.view;
+        if (++at.head == p.layer.n_heads) {
+            at.head = 0;
+            at.view++;
         }
-        if (at.taken >= at.cut.n_blocks * at.cut.n_chunks) break;
-        at.taken = at.cut.n_chunks > 1 ? (int32_t)gridDim.x + atomicAdd(p.n_taken, 1)
-                                       : at.cut.n_blocks * at.cut.n_chunks;
-        open_chunk(p, s);
+        if (part.tile_begin == part.tile_end) continue;
+        part.seen = first_of_view(p, i) + 1;
+        part.whole_from = full_lo_of(p.layer, state_lo(p.layer)[part.row],
+                                     state_n0(p.layer)[part.row], view.end - 1);
+        return;
     }
     part.row = -1;
 }
@@ -288,8 +282,8 @@ __device__ __forceinline__ void
 finish_part(const span_params &p, const span_smem<T, D> &s, const span_part &part,
             query_state<D, span_shape<D>::TILES> &w, int warp, int lane) {
     using shape = span_shape<D>;
-    static_assert(2 * 2 * shape::WARPS * shape::WARP_COLUMNS * (D + 2) <= LK_SPAN_STATE_FLOATS,
-                  "the workspace has room for two parts of each of two chunks");
+    static_assert(2 * shape::WARPS * shape::WARP_COLUMNS * (D + 2) <= LK_SPAN_STATE_FLOATS,
+                  "the workspace has room for two parts of a chunk");
     const bool begins = part.tile_begin == 0;
     const int32_t unit = (part.row * p.layer.n_heads + part.head) * p.column_blocks + part.block;
     const int32_t n_columns = min(p.r, p.n_columns - part.block * p.r);
@@ -338,13 +332,7 @@ __global__ void __launch_bounds__(span_shape<D>::THREADS, 1)
     __syncthreads();
     if (warp == 0) sum_rows(s.row_base, count_views(p), lane);
     __syncthreads();
-    if (threadIdx.x == 0) {
-        const int32_t n_units = p.layer.n_rows * p.layer.n_heads * p.column_blocks;
-        s.cursor->cut = lk_cut_make(s.row_base[count_views(p)], n_units, gridDim.x,
-                                    lk_whole_cost(D) + p.tile_cost, LK_SPAN_HALVINGS);
-        s.cursor->taken = (int32_t)blockIdx.x;
-        open_chunk(p, s);
-    }
+    if (threadIdx.x == 0) open_chunk(p, s);
 
     query_state<D, shape::TILES> w;
     uint32_t phases = 0; /* of the slots' barriers, a bit each */

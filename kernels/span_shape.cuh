@@ -75,11 +75,10 @@ typedef struct {
     int32_t seen, whole_from;
 } span_part;
 
-/* Where a block is in the work: the chunk's costs [begin, end), and the unit that comes next, of a head and a view, which begins
- * at base. */
+/* Where a block is in the work: its costs [begin, end), and the unit that comes next, of a head and a view, which begins at
+ * base. */
 typedef struct {
-    lk_cut cut;
-    int32_t taken, view, head;
+    int32_t view, head;
     uint32_t base, begin, end;
 } span_cursor;
 
