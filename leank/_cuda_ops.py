@@ -221,8 +221,9 @@ def launch_span(
             twin_bytes=twin_bytes,
             smem_bytes=info["smem_bytes"],
         )
-    # It may be gone before the kernels ran: what gets its memory next comes after them.
-    scratch = torch.empty(n_bytes, dtype=torch.uint8, device=q.device) if n_bytes else None
+    # Zeros, since twins go back whole, with slots that no token has. It may be gone before the
+    # kernels ran: what gets its memory next comes after them.
+    scratch = torch.zeros(n_bytes, dtype=torch.uint8, device=q.device) if n_bytes else None
     with torch.cuda.device(q.device):
         _cuda.span(
             cache._layer,
