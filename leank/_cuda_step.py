@@ -137,8 +137,11 @@ def step(
     layer = cache.layer_at(graph_state) if in_graph else cache._layer
     if torch.cuda.is_current_stream_capturing():
         cache.may_be_replayed = in_graph = True
-    # The device counts by itself; to ask it is to wait for it.
-    columns = 0 if in_graph and cache.may_be_replayed else cache._count(n_new) + n_new
+    if in_graph and cache.may_be_replayed:
+        # The device counts by itself; to ask it is to wait for it.
+        columns, cache._is_told = 0, False
+    else:
+        columns = cache._count(n_new) + n_new
     out = launch_attend(layer, q, k, v, valid, sinks, cache._work, scale, softcap, return_lse)
     cache._columns, cache.is_empty = columns, cache.is_empty and not n_new
     return out

@@ -241,7 +241,7 @@ class LeanKCache(Cache):
     @property
     def n_columns(self) -> int:
         """Columns of the forwards that reached the last pruned layer."""
-        return self.layers[self.last_packed].n_columns
+        return self.packed[0].counts(self.packed[-1:])[0]
 
     def counts(self) -> list[int]:
         """Columns that each pruned layer holds; waits for a GPU once."""

@@ -186,10 +186,18 @@ class LayerCache:
     @property
     def n_columns(self) -> int:
         """The same as an int. Waits for the device once a step was compiled or captured."""
-        if self.may_be_replayed and not self._is_told:
+        if self.may_be_replayed:
             self._refuse_half_changed()
             return int(self.columns)
         return self._columns
+
+    @property
+    def columns_of_call(self) -> int:
+        """The same for a call that begins: if `tell_columns` said so before it, nothing waits.
+
+        At other times it may be old: that call was refused, and steps were replayed since.
+        """
+        return self._columns if self._is_told else self.n_columns
 
     def tell_columns(self, n_columns: int) -> None:
         """Say how many columns are stored, so that the next call need not wait to read it."""
@@ -305,7 +313,7 @@ class LayerCache:
 
     def _count(self, n_new: int) -> int:
         """Columns before a call of n_new columns, which must fit."""
-        before, self._is_told = self.n_columns, False
+        before, self._is_told = self.columns_of_call, False
         if before + n_new > self.max_tokens:
             raise ValueError(
                 f"cache: expected at most max_tokens = {self.max_tokens} columns, "

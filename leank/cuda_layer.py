@@ -99,7 +99,7 @@ class LeanKCudaLayer(LeanKStaticLayer):
         if not self.record_past:
             return
         total, start = self.n_columns + n_columns, self._held_from
-        if not self.is_initialized or not self.store.n_columns:  # the prompt is not cropped
+        if not self.is_initialized or self.store.is_empty:  # the prompt is not cropped
             start = max(start, self.prompt_columns or total)
         slack = self.window["slack"]
         if total - start > slack:
@@ -215,10 +215,10 @@ class LeanKCudaLayer(LeanKStaticLayer):
 
     @property
     def n_columns(self) -> int:
-        """Columns stored; waits for the GPU once only the GPU knows."""
+        """Columns stored, for a forward that runs; others ask `counts`. May wait for the GPU."""
         if self.prompt is not None:
             return self.prompt.n_columns
-        return self.store.n_columns if self.is_initialized else 0
+        return self.store.columns_of_call if self.is_initialized else 0
 
     @staticmethod
     def counts(layers: list[LeanKCudaLayer]) -> list[int]:
@@ -262,7 +262,7 @@ class LeanKCudaLayer(LeanKStaticLayer):
 
     def hold_past(self, on: bool) -> None:
         """Let a crop go back to the columns of now: those of `slack` are there anyway."""
-        self._held_from = self.n_columns
+        self._held_from = self.counts([self])[0]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that an index tensor or a boolean tensor names, in its order."""

@@ -5,6 +5,7 @@ tests/test_cuda_devices.py has those that only a GPU shows.
 """
 
 import contextlib
+import copy
 
 import pytest
 
@@ -428,3 +429,58 @@ def test_a_wrong_mask_is_not_forgotten_before_its_step_is(one):
         cache.crop(-1)
         cache.check()
         steps(one, cache, ids, real, new)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_forward_that_is_refused_says_nothing_of_steps_after_it(one):
+    """What it knew of the columns is old once a graph ran."""
+    call = torch.compile(one.model, backend="eager", fullgraph=True)
+
+    def step(cache, ids, real):
+        position = (real.cumsum(1) - 1).clamp(min=0)[:, -1:]
+        mask, position = real.to(one.place), position.to(one.place)
+        with torch.no_grad():
+            new = ids[:, -1:].to(one.place)
+            call(new, attention_mask=mask, position_ids=position, past_key_values=cache)
+
+    with one.patch():
+        cache, ids, real = filled(one)
+        more = draw(3, 4)
+        ids, real = torch.cat([ids, more], 1), torch.cat([real, torch.ones_like(more)], 1)
+        step(cache, ids[:, :81], real[:, :81])
+        with pytest.raises(ValueError, match="attention_mask: expected the padding"):
+            forward(one, more[:, 1:3], cache, torch.ones_like(real[:, :83]))
+        for n in (82, 83, 84):
+            step(cache, ids[:, :n], real[:, :n])
+        assert cache.n_columns == 84
+        assert cache.counts() == [84] * len(cache)
+        twin = copy.deepcopy(cache)
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        for x, rows in ((twin, [0, 1, 2]), (cache, [2, 0])):
+            assert x.n_columns == 84
+            steps(one, x, ids[rows], real[rows], draw(len(rows), 2))
+
+
+def test_a_forward_that_is_refused_says_nothing_of_replays_after_it(one):
+    """A graph that was captured by hand runs nothing on the host."""
+    from leank._cuda_ops import ops
+
+    with one.patch():
+        cache, ids, real = filled(one)
+        stores = [layer.store for layer in cache.packed]
+        for store in stores:
+            store.may_be_replayed = True
+        with pytest.raises(ValueError, match="attention_mask: expected the padding"):
+            forward(one, draw(3, 2), cache, torch.ones(3, 82, dtype=torch.long))
+        for store in stores:  # as a replay, of which the host sees nothing
+            _, k, v = columns(store, 1)
+            ops.append(k, v, None, *store._buffers, 80, store._limits)
+        twin = copy.deepcopy(cache)
+        fewer = copy.deepcopy(cache)
+        fewer.batch_select_indices(torch.tensor([2, 0]))
+        for x in (cache, twin, fewer):
+            assert x.n_columns == 81
+            for layer in x.packed:
+                assert layer.store.n_columns == layer.store.real.shape[1] == 81
+        twin.crop(-1)
+        steps(one, twin, ids, real, draw(3, 2))
