@@ -258,7 +258,7 @@ class LayerCache:
         Raises
         ------
         ValueError
-            The mask is elsewhere, or has another shape or dtype.
+            The mask or `misfit` is elsewhere, or has another shape or dtype.
         """
         if mask is not None:
             if mask.device != self.device:
@@ -273,6 +273,11 @@ class LayerCache:
                     f"attention_mask: expected {shape}, the same for all heads, "
                     f"got {tuple(mask.shape)}"
                 )
+        if misfit.dtype != torch.int32 or misfit.dim() or misfit.device != self.device:
+            raise ValueError(
+                f"misfit: expected torch.int32 [] on {self.device}, "
+                f"got {misfit.dtype} {list(misfit.shape)} on {misfit.device}"
+            )
         return _ops.step_columns(mask, self._allocation, self._state, misfit)
 
     def memory(self) -> dict[str, int]:

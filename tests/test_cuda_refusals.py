@@ -131,6 +131,16 @@ def test_step_with_another_mask(one):
         steps(one, cache, ids, real, draw(3, 2))
 
 
+def test_notes_of_masks_that_do_not_fit(one):
+    """A kernel writes 4 bytes there."""
+    with one.patch():
+        layer = filled(one)[0].packed[0]
+        for bad in (layer.misfit.bool(), layer.misfit.long(), layer.misfit.reshape(1)):
+            with pytest.raises(ValueError, match=r"misfit: expected torch.int32 \[\] on .*, got"):
+                layer.store.step_columns(None, bad)
+        assert layer.store.step_columns(None, layer.misfit).shape == (3, 1)
+
+
 def test_prompt_in_a_compiled_model(one):
     call = torch.compile(one.model, backend="eager")
     with one.patch(), torch.no_grad():
