@@ -18,6 +18,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+# What typer raises for an option that does not exist and the like; it has no name for it.
+_UsageError = typer.BadParameter.__base__
 _METAVARS = {"bool": "", "int": "N", "float": "X", "str": "TEXT"}
 
 
@@ -39,8 +41,18 @@ class CommandError(Exception):
         self.status, self.once = status, once
 
 
-class _PlainHelp:
-    """--help without a column of "<bool>" and "<int range>"."""
+class _Plain:
+    """--help without a column of "<bool>" and "<int range>", and mistakes in one line."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        """Read the words of the command."""
+        if not args and self.no_args_is_help:  # an error, too: typer prints the help
+            return super().make_context(info_name, args, parent, **extra)
+        names = [] if parent is None else [_name(parent), info_name]
+        with _usage_in_one_line(*names):
+            return super().make_context(info_name, args, parent, **extra)
 
     def get_params(self, ctx: typer.Context) -> list[Any]:
         params = super().get_params(ctx)
@@ -52,11 +64,16 @@ class _PlainHelp:
         return params
 
 
-class Group(_PlainHelp, TyperGroup):
+class Group(_Plain, TyperGroup):
     """Commands under one name."""
 
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+        """Find the command that is asked for."""
+        with _usage_in_one_line(_name(ctx)):
+            return super().resolve_command(ctx, args)
 
-class Command(_PlainHelp, TyperCommand):
+
+class Command(_Plain, TyperCommand):
     """A command that ends as this module says; ``leank --debug`` prints the traceback as well."""
 
     def invoke(self, ctx: typer.Context) -> Any:
@@ -72,6 +89,17 @@ class Command(_PlainHelp, TyperCommand):
             if is_told:
                 typer.echo(f"leank {_name(ctx)}: {' '.join(message.split())}", err=True)
             raise typer.Exit(status) from error
+
+
+@contextlib.contextmanager
+def _usage_in_one_line(*names: str) -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        command = " ".join(("leank", *filter(None, names)))
+        message = " ".join(error.format_message().split()).rstrip(".")
+        typer.echo(f"{command}: {message}; {command} --help lists what there is", err=True)
+        raise typer.Exit(error.exit_code) from error
 
 
 def _ending(error: BaseException, command: str) -> tuple[str, int, bool]:

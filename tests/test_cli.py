@@ -105,10 +105,32 @@ def test_debug_of_a_real_mistake(tmp_path):
     assert len(plain.stderr.splitlines()) == 1
 
 
-def test_a_mistake_in_the_words_themselves_says_where_help_is():
-    result = leank("learn", "--ratoi", "0.5")
-    assert result.exit_code == 2
-    assert "--help" in result.stderr and "--ratio" in result.stderr
+@pytest.mark.parametrize(
+    "words, who, what",
+    [
+        (["--nope"], "leank", "--nope"),
+        (["evil"], "leank", "eval"),
+        (["bench", "decod"], "leank bench", "decode"),
+        (["learn", "--ratoi", "0.5"], "leank learn", "--ratio"),
+        (["learn", "--ratio"], "leank learn", "'--ratio' requires"),
+        (["bench", "decode", "--rounds", "x"], "leank bench decode", "integer"),
+        (["bench", "decode", "--device", "tpu"], "leank bench decode", "'cpu', 'cuda'"),
+        (["inspect"], "leank inspect", "MASK"),
+        (["eval", "a", "b"], "leank eval", "(b)"),
+    ],
+)
+def test_a_mistake_in_the_words_themselves_is_one_line(words, who, what):
+    result = leank(*words)
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{who}: ") and what in line
+    assert line.endswith(f"; {who} --help lists what there is")
+
+
+@pytest.mark.parametrize("words", [[], ["bench"]], ids=["leank", "leank bench"])
+def test_without_a_command_there_is_help(words):
+    result = leank(*words)
+    assert result.exit_code == 2 and "Usage" in result.output and "lists what" not in result.output
 
 
 def test_a_closed_pipe_is_no_error():
