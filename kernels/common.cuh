@@ -42,6 +42,17 @@ __device__ __forceinline__ void barrier_arrive(uint64_t *bar) {
                  : "memory");
 }
 
+/* A warp arrives, by one lane. compute-sanitizer's racecheck takes what the other lanes did for a race: for it, build with
+ * NVCC_APPEND_FLAGS=-DLK_EACH_LANE_ARRIVES=1. */
+#ifndef LK_EACH_LANE_ARRIVES
+#define LK_EACH_LANE_ARRIVES 0
+#endif
+#define LK_WARP_ARRIVALS (LK_EACH_LANE_ARRIVES ? LK_WARP : 1)
+__device__ __forceinline__ void barrier_arrive_warp(uint64_t *bar, int lane) {
+    __syncwarp();
+    if (LK_EACH_LANE_ARRIVES || lane == 0) barrier_arrive(bar);
+}
+
 /* Wait until the phase of this parity has completed. A fresh barrier counts as having completed parity 1. */
 __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity) {
 #if LK_BULK_COPY

@@ -58,8 +58,7 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
                                stage + layout.dropped + group * 32 * (D - n_kept), v, first, n_kept,
                                lane);
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&s.empty[at.stage]);
+            barrier_arrive_warp(&s.empty[at.stage], lane);
             at.advance(p.n_stages);
         }
         if (!q_is_read) barrier_arrive(&s.part_empty[slot]);

@@ -136,7 +136,7 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
         if (threadIdx.x != 0) return;
         for (int i = 0; i < p.n_stages; i++) {
             barrier_init(&full[i], LK_BULK_COPY ? 1 : LK_WARP);
-            barrier_init(&empty[i], shape::COMPUTE_WARPS);
+            barrier_init(&empty[i], shape::COMPUTE_WARPS * LK_WARP_ARRIVALS);
         }
         for (int i = 0; i < 2; i++) {
             barrier_init(&part_full[i], LK_BULK_COPY ? 1 : LK_WARP + 1);

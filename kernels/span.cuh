@@ -172,8 +172,7 @@ template <typename T, int D>
 __device__ __forceinline__ void release_tile(const span_smem<T, D> &s, const span_segment &segment,
                                              int32_t i, int32_t slot, uint32_t phases, int warp,
                                              int lane) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.empty[slot]);
+    barrier_arrive_warp(&s.empty[slot], lane);
     const int32_t earlier = segment.n_slots / 2, next = i - earlier + segment.n_slots;
     if (i % span_shape<D>::WARPS != warp || i < earlier || next >= segment.n) return;
     slot -= earlier;

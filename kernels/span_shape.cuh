@@ -143,7 +143,7 @@ template <typename T, int D> struct span_smem {
         if (threadIdx.x != 0) return;
         for (int i = 0; i < LK_SPAN_SLOTS; i++) {
             barrier_init(&full[i], LK_BULK_COPY ? 1 : LK_WARP);
-            barrier_init(&empty[i], shape::WARPS);
+            barrier_init(&empty[i], shape::WARPS * LK_WARP_ARRIVALS);
         }
         fence_bulk();
     }
