@@ -136,7 +136,7 @@ def test_learn():
 
 def test_generate():
     text = printed(result_of(generate(Case(16, 32768, 128))))
-    assert rows(text, "leank") == [["20.00", "-5% +10%", "800.0", "1.25", "52.00", "36.00"]]
+    assert rows(text, "leank") == [["20.00", "-5% +10%", "800.0", "1.250", "52.00", "36.00"]]
     assert len(rows(text, "16x32768x128")) == 0  # a table has one case, in its heading
     assert rows(text, "dynamic") == [["90.00", "-5% +10%", "177.8", "-", "-", "64.00"]]
     words = " ".join(text.split())
