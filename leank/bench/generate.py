@@ -255,11 +255,7 @@ class _Contender:
     """One way to decode a case."""
 
     def __init__(
-        self,
-        name: str,
-        model: transformers.PreTrainedModel,
-        case: Case,
-        options: GenerateOptions,
+        self, name: str, model: transformers.PreTrainedModel, case: Case, options: GenerateOptions
     ) -> None:
         self._name, self._model, self._case, self._prompt = name, model, case, options.prompt
         self._told = dict(_TOLD.get(name, {}))

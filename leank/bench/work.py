@@ -25,8 +25,9 @@ _CPU_SHAPES = (Shape(1, 4096), Shape(1, 32768))
 _GPU_DTYPES = ("bfloat16", "float16")
 # A query always sees its own token whole: recent is 1 at least.
 _LEAST = {
-    **dict.fromkeys(("q_heads", "heads", "head_dim", "layers", "rounds", "threads"), 1),
-    **dict.fromkeys(("span", "chunk"), 1),
+    **dict.fromkeys(
+        ("q_heads", "heads", "head_dim", "layers", "rounds", "threads", "span", "chunk"), 1
+    ),
     **{"sink": 0, "recent": 1, "seed": 0},
 }
 
