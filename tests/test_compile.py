@@ -34,7 +34,6 @@ from .tiny_models import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-DEPRECATED = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # inductor's
 
 
 def no_more_graphs():
@@ -198,7 +197,6 @@ def test_the_whole_is_compiled(model):
     graphs(3)  # the first length, one token, any length
 
 
-@DEPRECATED
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_every_call_counts_and_in_its_order(backend):
     """Two forwards in one graph; of the first, only what it stores is used."""

@@ -219,8 +219,6 @@ def gradients(function, inputs):
     return [o, *torch.autograd.grad((o.float() * weights).sum(), learned)]
 
 
-# Inductor of some versions of PyTorch warns of itself.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiled_and_checkpointed_are_the_same(dtype, backend):
