@@ -45,9 +45,10 @@ static __host__ __device__ __forceinline__ int32_t count_items(const decode_para
     return n_units * p.r * (p.layer.head_dim > ITEM_VALUES ? p.layer.head_dim / ITEM_VALUES : 1);
 }
 
-/* item_warps: warps of an item, a power of two up to COMBINE_WARPS; above 1 a warp has one item at most. */
+/* item_warps: warps of an item, a power of two up to COMBINE_WARPS; above 1 a warp has one item at most. With 4 blocks to a
+ * multiprocessor, one has the registers that a block of the decode kernel leaves. */
 template <typename T>
-__global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 5)
+__global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 4)
     combine_kernel(const __grid_constant__ decode_params p, int32_t item_warps) {
     __shared__ state_part states[COMBINE_WARPS][LK_WARP];
     const int32_t D = p.layer.head_dim, n_items = count_items(p);
@@ -66,17 +67,19 @@ __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 5)
     const int32_t n_each = (n_items + n_groups - 1) / n_groups;
     int32_t item = ((int32_t)blockIdx.x * COMBINE_WARPS + warp) / item_warps * n_each;
     const int32_t end = min(item + n_each, n_items);
+    const int32_t n_splits = D > ITEM_VALUES ? D / ITEM_VALUES : 1;
+    const auto chunks_of = [&](int32_t i) {
+        return i < end ? p.unit_chunks[i / n_splits / p.r] : make_int2(0, 0);
+    };
+    int2 next = chunks_of(item); /* asked for while an item before it is merged */
 #pragma unroll 1
     do {
-        int32_t column = item, d = 4 * lane;
-        if (D > ITEM_VALUES) {
-            column = item / (D / ITEM_VALUES);
-            d += item % (D / ITEM_VALUES) * ITEM_VALUES;
-        }
-        const int32_t unit = column / p.r;
-        column %= p.r;
+        const int2 chunks = next;
+        next = chunks_of(item + 1);
+        const int32_t unit = item / n_splits / p.r;
+        const int32_t column = item / n_splits % p.r;
+        const int32_t d = 4 * lane + item % n_splits * ITEM_VALUES;
         const float *lane_o = p.states + min(d, D - 4);
-        const int2 chunks = item < end ? p.unit_chunks[unit] : make_int2(0, 0);
         const bool has_parts = chunks.x < chunks.y;
         state_part x = {-INFINITY, 0.0f, {}};
 #pragma unroll 1

@@ -26,7 +26,7 @@ static const struct {
 #define HEADER_BYTES 128
 
 size_t lk_cuda_attend_work_bytes(int32_t head_dim, int32_t r, int32_t n_blocks) {
-    const size_t of_steps = 2 * 2 * LK_PLAN_HALVINGS * (size_t)part_floats(r, head_dim);
+    const size_t of_steps = 2 * (LK_PLAN_HALVINGS + 1) * (size_t)part_floats(r, head_dim);
     const size_t floats = of_steps > LK_SPAN_STATE_FLOATS ? of_steps : LK_SPAN_STATE_FLOATS;
     return HEADER_BYTES + LK_CUDA_MAX_UNITS * sizeof(int2) +
            (size_t)n_blocks * floats * sizeof(float);

@@ -5,6 +5,9 @@
 
 #include "decode_plan.cuh"
 
+/* Tiles that take about as long as two round trips to memory. */
+#define LK_LOOK_AHEAD 4
+
 /* Where a stage has what, in bytes: kept K, V and dropped K of a live head; K and V of an empty one. */
 template <int D, int GROUPS = stage_groups(D)> struct tile_layout {
     int32_t v, dropped;
@@ -48,7 +51,7 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
     uint32_t heads_left;
     int32_t lane_tile_begin, lane_tile_end;
     uint32_t lane_base;
-    /* The part that comes next, and the one after it in the chunk. */
+    /* The part whose tiles are asked for, and the one that comes after it. */
     found_part now, after;
 
     __device__ __forceinline__ fetcher(const decode_params &params, const smem &memory,
@@ -143,24 +146,28 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
 #endif
     }
 
-    __device__ __forceinline__ void fetch_part(const lk_unit &unit) {
-        const int32_t head = now.part.head, n_kept = s.n_kept[head], end = now.part.tile_end;
+    /* Copy the part's tiles. What comes after them is found before the last few are asked for: to take a chunk and to find
+     * its first page are two round trips to memory, in which the ring would run dry. */
+    __device__ __forceinline__ void fetch_part() {
+        const lk_unit unit = unit_of(now.part);
+        const int32_t head = now.part.head, n_kept = s.n_kept[head], begin = now.part.tile_begin;
+        const int32_t end = unit.is_void ? begin : now.part.tile_end;
+        const int32_t turn = max(begin, end - LK_LOOK_AHEAD);
         const int64_t page_off = head_kept_off(p.layer, head);
         const int64_t twin_off = head_dropped_off(p.layer, head);
 #pragma unroll 1
-        for (int32_t first = now.part.tile_begin; first < end; first += LK_WARP) {
-            if (first > now.part.tile_begin) find_tiles(&now, unit, first);
-            const int32_t n = min(LK_WARP, end - first);
-#pragma unroll 1
-            for (int32_t i = 0; i < n; i++) {
-                const int64_t page = __shfl_sync(LK_ALL, now.page, i) + page_off;
-                const int64_t twin = __shfl_sync(LK_ALL, now.twin, i) + twin_off;
-                const bool whole = n_kept < D && lk_unit_is_whole(&unit, first + i);
-                const int32_t n_groups = groups_of(now.part, first + i);
+        for (int32_t tile = begin;; tile++) {
+            if (tile == turn) find_after();
+            if (tile == end) break;
+            const int32_t i = (tile - begin) % LK_WARP;
+            if (i == 0 && tile > begin) find_tiles(&now, unit, tile);
+            const int64_t page = __shfl_sync(LK_ALL, now.page, i) + page_off;
+            const int64_t twin = __shfl_sync(LK_ALL, now.twin, i) + twin_off;
+            const bool whole = n_kept < D && lk_unit_is_whole(&unit, tile);
+            const int32_t n_groups = groups_of(now.part, tile);
 #pragma unroll
-                for (int g = 0; g < 4; g += smem::shape::GROUPS)
-                    fetch_stage(page, twin, n_kept, whole, g, n_groups - g);
-            }
+            for (int g = 0; g < 4; g += smem::shape::GROUPS)
+                fetch_stage(page, twin, n_kept, whole, g, n_groups - g);
         }
     }
 
@@ -281,38 +288,42 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         find_tiles(f, unit, f->part.tile_begin);
     }
 
-    /* Find the first parts of the chunk that is taken as the n-th. */
-    __device__ __forceinline__ void begin_chunk(int32_t taken) {
-        open_chunk(taken);
-        find_part(&now);
-        find_part(&after);
+    /* The part after `now`: the chunk's next one, or the first one of the next chunk that has any. */
+    __device__ __forceinline__ void find_after() {
+        const int32_t n_chunks = cut.n_blocks * cut.n_chunks;
+#pragma unroll 1
+        for (;;) {
+            find_part(&after);
+            if (after.exists || cut.n_chunks == 1) return;
+            int32_t taken = 0;
+            if (lane == 0) taken = gridDim.x + atomicAdd(p.n_taken, 1);
+            taken = __shfl_sync(LK_ALL, taken, 0);
+            if (taken >= n_chunks) return;
+            open_chunk(taken);
+        }
     }
 
-    /* Before earlier kernels have ended: find the block's first parts, and bring as many tiles into L2 as the ring holds. */
+    /* Before earlier kernels have ended: find the block's first part, and bring as many tiles into L2 as the ring holds, twice as
+     * many where a block has megabytes to read. */
     __device__ __forceinline__ void prepare() {
         sum_rows(s.row_base, p.layer.n_rows, lane);
         __syncwarp();
         cut = lk_cut_make(s.row_base[p.layer.n_rows], p.layer.n_rows * p.layer.n_heads, gridDim.x,
                           lk_whole_cost(D), LK_PLAN_HALVINGS);
-        begin_chunk(blockIdx.x);
-        prefetch(now, p.n_stages * smem::shape::GROUPS / 4);
+        open_chunk(blockIdx.x);
+        find_part(&now);
+        prefetch(now, (cut.n_halvings < 4 ? 1 : 2) * p.n_stages * smem::shape::GROUPS / 4);
     }
 
     __device__ __forceinline__ void run() {
-        const int32_t n_chunks = cut.n_blocks * cut.n_chunks;
-        for (;;) {
-            while (now.exists) {
-                const lk_unit unit = unit_of(now.part);
-                hand_over(now.part, p.k && now.part.ends && !unit.is_void);
-                if (!unit.is_void) fetch_part(unit);
-                now = after;
-                if (now.exists) find_part(&after);
-            }
-            int32_t taken = n_chunks;
-            if (lane == 0 && cut.n_chunks > 1) taken = gridDim.x + atomicAdd(p.n_taken, 1);
-            taken = __shfl_sync(LK_ALL, taken, 0);
-            if (taken >= n_chunks) break;
-            begin_chunk(taken);
+        if (!now.exists) {
+            find_after();
+            now = after;
+        }
+        while (now.exists) {
+            hand_over(now.part, p.k && now.part.ends && now.part.end > 0);
+            fetch_part();
+            now = after;
         }
         decode_part no_more = {};
         no_more.row = -1;

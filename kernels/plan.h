@@ -4,11 +4,11 @@
  * (row, head), in the order of their pages; units follow each other by row, then head. A tile costs what it reads, in
  * kilobytes. A chunk is a range of costs: the tiles that begin in it are computed by one block, and nothing of them
  * depends on which. Blocks differ in how fast memory answers them (seen: by half), so the work is cut into one equal
- * share per block, and each share into 2 n chunks: two of a quarter of it, two of an eighth and so on, the last four equal
- * (n = 1: two halves; n = 0: one). Blocks take chunks as they get to them, first the first one of each share.
+ * share per block, and each share into n + 1 chunks: a half of it, a quarter and so on, the last two equal. Blocks take
+ * chunks as they get to them, first the first one of each share.
  *
- * Example: 2 blocks, n = 2, total 64: a quantum is 64 / (2 * 4) = 8; share 0 has the chunks that begin at 0, 8, 16 and 24,
- * share 1 those at 32, 40, 48 and 56. They are taken in the order 0, 32, 8, 40, 16, 48, 24, 56. */
+ * Example: 2 blocks, n = 2, total 64: a quantum is 64 / (2 * 4) = 8; share 0 has the chunks that begin at 0, 16 and 24, share
+ * 1 those at 32, 48 and 56. They are taken in the order 0, 32, 16, 48, 24, 56. */
 #ifndef LEANK_PLAN_H
 #define LEANK_PLAN_H
 
@@ -111,7 +111,7 @@ LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_units, int32_t n_blocks, ui
     const uint32_t share = total / (uint32_t)n_blocks;
     while (cut.n_halvings < most_halvings && share >> (cut.n_halvings + 1) >= LK_PLAN_LEAST_COST)
         cut.n_halvings++;
-    cut.n_chunks = cut.n_halvings > 0 ? 2 * cut.n_halvings : 1;
+    cut.n_chunks = cut.n_halvings + 1;
     uint32_t n_quanta = (uint32_t)n_blocks << cut.n_halvings;
     /* With one chunk per block, units that cost the same get as many whole chunks each. */
     if (cut.n_halvings == 0 && n_units < n_blocks) n_quanta -= (uint32_t)(n_blocks % n_units);
@@ -128,12 +128,7 @@ LK_PLAN int32_t lk_cut_chunk_taken(const lk_cut *cut, int32_t n) {
 /* Cost at which a chunk begins; that of chunk n_blocks * n_chunks is the total. */
 LK_PLAN uint32_t lk_cut_begin(const lk_cut *cut, int32_t chunk) {
     const int32_t n = cut->n_halvings, share = chunk / cut->n_chunks, place = chunk % cut->n_chunks;
-    const int32_t pair = place / 2; /* pairs of size 2^(n - 2), 2^(n - 3), ... 1, 1 */
-    uint64_t n_quanta = (uint64_t)share << n;
-    if (place > 0) {
-        n_quanta += (1u << n) - (1u << (n - pair));
-        if (place % 2 == 1) n_quanta += pair < n - 1 ? 1u << (n - 2 - pair) : 1u;
-    }
+    const uint64_t n_quanta = ((uint64_t)share << n) + (1u << n) - (1u << (n - place));
     const uint64_t cost = n_quanta * cut->quantum;
     return cost < cut->total ? (uint32_t)cost : cut->total;
 }
