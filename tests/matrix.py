@@ -1,8 +1,9 @@
 """The suite in one environment per combination of versions: python -m tests.matrix; see --help.
 
 Each combination gets a virtual environment with the package built for it, and a copy of the tests
-beside which there is no source of the package. torch is taken as a CPU wheel or not at all: what is
-not to be had from pip's sources, and what has no interpreter, is said to be untested. What pip and
+beside which there is no source of the package. torch is taken as a CPU wheel or, with --any-torch,
+as the wheel there is, whose CUDA is gigabytes. What is not to be had from pip's sources, and what
+has no interpreter, is said to be untested. What pip and
 pytest said is in log.txt of each combination's folder.
 """
 
@@ -56,12 +57,12 @@ class Combination:
         parts = ("python", self.python, "numpy", self.numpy, "torch", self.torch)
         return "-".join(str(part) for part in (*parts, "transformers", self.transformers))
 
-    @property
-    def requirements(self) -> list[str]:
+    def requirements(self, any_torch: bool) -> list[str]:
         """What pip is asked for; only a wheel for the CPU has the local version."""
         packages = [f"numpy=={self.numpy}", "safetensors", "pytest", "hypothesis"]
         if self.torch is not None:
-            packages += [f"torch=={self.torch}+cpu", f"transformers=={self.transformers}"]
+            local = "" if any_torch else "+cpu"
+            packages += [f"torch=={self.torch}{local}", f"transformers=={self.transformers}"]
             packages += ["accelerate", "jinja2"]
         return packages
 
@@ -76,8 +77,7 @@ COMBINATIONS = (
     Combination(transformers="5.22.0"),
     Combination(transformers="5.24.0"),
     Combination(numpy="1.26.4"),
-    Combination(torch="2.6.0"),
-    Combination(torch="2.14.1"),
+    *(Combination(torch=x) for x in ("2.6.0", "2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.15.0")),
     Combination(python="3.12"),
     Combination(python="3.13"),
     _alone("3.11", "1.26.4"),
@@ -88,7 +88,7 @@ COMBINATIONS = (
 )
 
 
-def run(combination: Combination, folder: Path) -> str:
+def run(combination: Combination, folder: Path, any_torch: bool) -> str:
     """Make the environment, run the tests, and return what came out."""
     python = shutil.which(f"python{combination.python}")
     if python is None:
@@ -102,9 +102,11 @@ def run(combination: Combination, folder: Path) -> str:
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tree / name)
     pip = [str(folder / "venv" / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     with open(folder / "log.txt", "w") as log:
-        _call([python, "-m", "venv", str(folder / "venv")], log)
+        if not _call([python, "-m", "venv", str(folder / "venv")], log):
+            return f"untested: python{combination.python} makes no environment"
         # Before the package, so that nothing else decides on these versions.
-        if not _call([*pip, "install", "--only-binary", ":all:", *combination.requirements], log):
+        packages = combination.requirements(any_torch)
+        if not _call([*pip, "install", "--only-binary", ":all:", *packages], log):
             return "untested: pip finds no wheels of all these"
         environment = os.environ | {"LEANK_CUDA": "0"}
         if not _call([*pip, "install", "--no-deps", str(ROOT)], log, env=environment):
@@ -127,6 +129,7 @@ def main() -> int:
     """Run all, or those whose names match; returns 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="REGEX", help="of a combination's name")
+    parser.add_argument("--any-torch", action="store_true", help="also wheels with CUDA")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "matrix")
     arguments = parser.parse_args()
     print("| Python | NumPy | torch | transformers | result | seconds |")
@@ -136,7 +139,7 @@ def main() -> int:
         if not re.search(arguments.only, combination.name):
             continue
         start = time.monotonic()
-        result = run(combination, arguments.folder / combination.name)
+        result = run(combination, arguments.folder / combination.name, arguments.any_torch)
         failed |= result.startswith("FAILED")
         versions = (text or "-" for text in dataclasses.astuple(combination))
         seconds = f"{time.monotonic() - start:.0f}"
