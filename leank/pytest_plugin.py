@@ -162,14 +162,19 @@ def leank_needles(leank_tokenizer: Any) -> Callable[..., list[Item]]:
 
 
 @pytest.fixture(scope="session")
-def leank_ask(leank_tokenizer: Any) -> Callable[[nn.Module, Item], Reply]:
-    """Return a function that asks a model an item: ``leank_ask(model, item)``.
+def leank_ask(leank_tokenizer: Any) -> Callable[..., Reply]:
+    """Return a function that asks a model an item: ``leank_ask(model, item, **options)``.
 
-    What it returns has ``said``, the ``score`` from 0 to 1, and the ``cache``.
+    What it returns has ``said``, the ``score`` from 0 to 1, and the ``cache``. Options are those of
+    ``generate``. It does not compile unless ``disable_compile=False`` is one of them: each test
+    patches a model anew, and compiling takes longer than the answers of one test.
     """
     from leank.evaluation.ask import reply_to
 
-    return lambda model, item: reply_to(model, leank_tokenizer, item)
+    def ask(model: nn.Module, item: Item, **options: Any) -> Reply:
+        return reply_to(model, leank_tokenizer, item, **{"disable_compile": True} | options)
+
+    return ask
 
 
 @pytest.fixture

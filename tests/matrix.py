@@ -77,7 +77,7 @@ COMBINATIONS = (
     Combination(transformers="5.22.0"),
     Combination(transformers="5.24.0"),
     Combination(numpy="1.26.4"),
-    *(Combination(torch=x) for x in ("2.6.0", "2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.15.0")),
+    *(Combination(torch=x) for x in ("2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.15.0")),
     Combination(python="3.12"),
     Combination(python="3.13"),
     _alone("3.11", "1.26.4"),

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import leank
 
@@ -273,35 +274,37 @@ def test_ask(leank_model, leank_needles, leank_ask, leank_tokenizer, monkeypatch
 """
 
 
-def test_experiments_on_a_tiny_model(pytester):
-    """The fixtures, and both examples: in one process of their own, since loading takes longest."""
-    model = write_model(pytester.path / "model", max_position_embeddings=4096)
+def write_experiments(folder, head_dim):
+    """Write a tiny model, masks for it, and both examples; return the model's folder."""
     for ratio in (0.5, 0.7):
         for align in (8, 16):
-            scores = np.random.default_rng(0).random((N, HKV, D))
+            scores = np.random.default_rng(0).random((N, HKV, head_dim))
             mask = ChannelMask.from_scores(scores, ratio, align, sink=8, recent=32)
-            mask.save(pytester.path / f"mask-{ratio}-a{align}.safetensors")
+            mask.save(folder / f"mask-{ratio}-a{align}.safetensors")
+    shutil.copytree(EXAMPLES, folder / "experiments")
+    return write_model(folder / "model", max_position_embeddings=4096, head_dim=head_dim)
+
+
+def run_experiments(model, device, mask, *names):
+    words = [sys.executable, "-m", "pytest", *PLUGIN, "-q", "--leank-model", str(model)]
+    words += ["--leank-device", device, "--leank-mask", mask, *names]
+    # Models this small only wait for their threads.
+    environment = os.environ | {"PYTHONPATH": HOME, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_experiments_on_a_tiny_model(pytester):
+    """The fixtures, and both examples: in one process of their own, since loading takes longest."""
+    model = write_experiments(pytester.path, D)
     pytester.makepyfile(test_checks=CHECKS)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     [experiment] = re.findall(r"^```\n(@pytest.*?)^```$", text, re.M | re.S)
     pytester.makepyfile(test_readme=f"import pytest\n\n{experiment}")
-    (pytester.path / "experiments").mkdir()
-    for path in EXAMPLES.glob("test_*.py"):
-        shutil.copy(path, pytester.path / "experiments")
-
-    def run(mask, *names):
-        words = [sys.executable, "-m", "pytest", *PLUGIN, "-q", "--leank-model", str(model)]
-        words += ["--leank-device", "cpu", "--leank-mask", mask, *names]
-        # Models this small only wait for their threads.
-        environment = os.environ | {"PYTHONPATH": HOME, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(words, capture_output=True, text=True, env=environment)
-
-    done = run(
-        "mask-{ratio}-a{align}.safetensors", "test_checks.py", "experiments/test_ratio_sweep.py"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = run("mask-0.5-a8.safetensors", "experiments/test_window.py", "test_readme.py")
-    assert done.returncode == 0, done.stdout + done.stderr
+    sweep = "experiments/test_ratio_sweep.py"
+    run_experiments(model, "cpu", "mask-{ratio}-a{align}.safetensors", "test_checks.py", sweep)
+    window = "experiments/test_window.py"
+    run_experiments(model, "cpu", "mask-0.5-a8.safetensors", window, "test_readme.py")
     found = records(pytester.path)
     assert len([r for r in found if r["name"] == "test_readme.py::test_needles"]) == 2 * 3
     found = [r for r in found if r["name"].startswith("experiments")]
@@ -315,3 +318,17 @@ def test_experiments_on_a_tiny_model(pytester):
     assert shares["test_window", 32, 0] < shares["test_window", 512, 0]
     assert {r["values"]["score"] for r in found} <= {0.0, 0.25, 0.5, 0.75, 1.0}
     assert (pytester.path / "leank-results" / PLOT).is_file()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_experiments_on_a_gpu(pytester):
+    model = write_experiments(pytester.path, 64)
+    mask = "mask-0.7-a16.safetensors"
+    run_experiments(model, "cuda", mask, "experiments/test_window.py")
+    shares = {}
+    for record in records(pytester.path):
+        values = record["values"]
+        assert values["peak_bytes"] > values["bytes"] > 0
+        shares[*record["parameters"].values()] = values["bytes_share"]
+    assert len(shares) == 9 and shares[32, 0] < shares[512, 0] < 1
