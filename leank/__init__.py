@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from leank import _C, shipped
 from leank._C import LayerCache, decode
+from leank._versions import old_transformers
 from leank.mask_source import load_mask
 from leank.masks import ChannelMask, MaskFileError
 
@@ -59,6 +60,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(
             f"leank.{name} needs {' and '.join(_MISSING)}: pip install 'leank[hf]'", name=name
         )
+    if problem := old_transformers():
+        raise AttributeError(f"leank.{name} needs another version of {problem}", name=name)
     return getattr(import_module(_NEEDS_TORCH[name]), name)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from leank._versions import old_transformers
+
 # What typer raises for an option that does not exist and the like; it has no name for it.
 _UsageError = typer.BadParameter.__base__
 _METAVARS = {"bool": "", "int": "N", "float": "X", "str": "TEXT"}
@@ -115,7 +117,7 @@ def _ending(error: BaseException, command: str) -> tuple[str, int, bool]:
 
 @contextlib.contextmanager
 def needing(extra: str, *packages: str, option: str = "") -> Iterator[None]:
-    """Tell which extra to install where one of its packages cannot be imported.
+    """Tell which extra to install where one of its packages cannot be imported, or is too old.
 
     Parameters
     ----------
@@ -124,6 +126,9 @@ def needing(extra: str, *packages: str, option: str = "") -> Iterator[None]:
     option : str
         What needs them, if it is not the whole command.
     """
+    problem = old_transformers() if "transformers" in packages else None
+    if problem:
+        raise CommandError(problem)
     try:
         yield
     except ImportError as error:

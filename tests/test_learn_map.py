@@ -133,6 +133,7 @@ def test_the_command(monkeypatch, tmp_path):
         return place_model(tiny(), MAP)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << (30 + device.index), 0))
     monkeypatch.setattr(cli_learn, "find_device", lambda name: torch.device(FIRST))

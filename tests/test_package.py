@@ -1,9 +1,11 @@
 """What is installed and how it is built, as far as files tell; tests/dist_smoke.sh installs it."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 import leank
 from leank import smollm2
+from leank._versions import OLDEST_TRANSFORMERS
 
 from .capi.build import load_setup
 
@@ -40,6 +43,32 @@ def test_without_torch_the_rest_is_whole(missing):
         """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"leank.patch needs {missing}: pip install 'leank[hf]'\n"
+
+
+def test_a_transformers_that_is_too_old_is_named(monkeypatch):
+    pytest.importorskip("transformers")
+    from leank.cli_errors import CommandError, needing
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    hf = project["optional-dependencies"]["hf"]
+    assert f"transformers>={'.'.join(map(str, OLDEST_TRANSFORMERS))}," in " ".join(hf)
+
+    def pretend(found):
+        def version_of(name):
+            return found if name == "transformers" else version(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", version_of)
+
+    for found in ("5.22.0.dev0", "6.0"):
+        pretend(found)
+        assert leank.patch
+    for found in ("5.21.3", "4.57"):
+        pretend(found)
+        problem = f"transformers: expected 5.22 or newer, got {found}: pip install 'leank[hf]'"
+        with pytest.raises(AttributeError, match=re.escape(problem)):
+            leank.patch  # noqa: B018
+        with pytest.raises(CommandError, match=re.escape(problem)):
+            needing("hf", "transformers").__enter__()
 
 
 def test_with_torch_all_names_are_there():

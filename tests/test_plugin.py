@@ -27,7 +27,9 @@ from .tiny_models import HKV, D, N
 pytest_plugins = "pytester"
 
 ROOT = Path(__file__).resolve().parents[1]
-HOME = str(Path(leank.__file__).parents[1])  # of this copy of the package
+# Of this copy of the package, ahead of where others are.
+PATH = [str(Path(leank.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, PATH))}
 EXAMPLES = ROOT / "examples" / "experiments"
 PLUGIN = ("-p", "leank.pytest_plugin", "-p", "no:cacheprovider")
 
@@ -63,7 +65,7 @@ def test_others_do_not_notice_it(pytester):
     said = []
     for options in (PLUGIN, ()):
         words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *options]
-        environment = os.environ | {"PYTHONPATH": HOME, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        environment = ENVIRONMENT | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stdout
         said.append(done.stdout.rsplit(" in ", 1)[0] + done.stderr)
@@ -289,7 +291,7 @@ def run_experiments(model, device, mask, *names):
     words = [sys.executable, "-m", "pytest", *PLUGIN, "-q", "--leank-model", str(model)]
     words += ["--leank-device", device, "--leank-mask", mask, *names]
     # Models this small only wait for their threads.
-    environment = os.environ | {"PYTHONPATH": HOME, "OMP_NUM_THREADS": "1"}
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
