@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-OLDEST_TRANSFORMERS = 5, 22  # as in pyproject.toml, of which nothing is left where pip did not look
+OLDEST_TRANSFORMERS = 5, 21  # as in pyproject.toml, of which nothing is left where pip did not look
 
 
 def old_transformers() -> str | None:

@@ -59,12 +59,12 @@ def test_a_transformers_that_is_too_old_is_named(monkeypatch):
 
         monkeypatch.setattr(importlib.metadata, "version", version_of)
 
-    for found in ("5.22.0.dev0", "6.0"):
+    for found in ("5.21.0", "6.0"):
         pretend(found)
         assert leank.patch
-    for found in ("5.21.3", "4.57"):
+    for found in ("5.20.2", "4.57"):
         pretend(found)
-        problem = f"transformers: expected 5.22 or newer, got {found}: pip install 'leank[hf]'"
+        problem = f"transformers: expected 5.21 or newer, got {found}: pip install 'leank[hf]'"
         with pytest.raises(AttributeError, match=re.escape(problem)):
             leank.patch  # noqa: B018
         with pytest.raises(CommandError, match=re.escape(problem)):
