@@ -46,7 +46,7 @@ static __host__ __device__ __forceinline__ int32_t count_items(const decode_para
 }
 
 /* item_warps: warps of an item, a power of two up to COMBINE_WARPS; above 1 a warp has one item at most. With 4 blocks to a
- * multiprocessor, one has the registers that a block of the decode kernel leaves. */
+ * multiprocessor, one has the registers that a block of the decode kernel leaves at D up to 128. */
 template <typename T>
 __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 4)
     combine_kernel(const __grid_constant__ decode_params p, int32_t item_warps) {

@@ -320,7 +320,7 @@ static PyObject *py_plan_parts(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "plan_parts: expected one end and full_lo per row");
         goto done;
     }
-    const int64_t room = (int64_t)n_rows * n_heads + (int64_t)n_blocks * 2 * LK_PLAN_HALVINGS;
+    const int64_t room = (int64_t)n_rows * n_heads + (int64_t)n_blocks * (LK_PLAN_HALVINGS + 1);
     parts = PyMem_Calloc((size_t)room, sizeof *parts);
     if (!parts) {
         PyErr_NoMemory();

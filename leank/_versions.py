@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 OLDEST_TRANSFORMERS = 5, 21  # as in pyproject.toml, of which nothing is left where pip did not look
 
 
+@functools.cache
 def old_transformers() -> str | None:
     """Say what is wrong with the transformers that is installed, without importing it.
 

@@ -13,7 +13,7 @@ import pytest
 
 import leank
 from leank import smollm2
-from leank._versions import OLDEST_TRANSFORMERS
+from leank._versions import OLDEST_TRANSFORMERS, old_transformers
 
 from .capi.build import load_setup
 
@@ -45,8 +45,9 @@ def test_without_torch_the_rest_is_whole(missing):
     assert done.stdout == f"leank.patch needs {missing}: pip install 'leank[hf]'\n"
 
 
-def test_a_transformers_that_is_too_old_is_named(monkeypatch):
+def test_a_transformers_that_is_too_old_is_named(monkeypatch, request):
     pytest.importorskip("transformers")
+    request.addfinalizer(old_transformers.cache_clear)
     from leank.cli_errors import CommandError, needing
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -58,6 +59,7 @@ def test_a_transformers_that_is_too_old_is_named(monkeypatch):
             return found if name == "transformers" else version(name)
 
         monkeypatch.setattr(importlib.metadata, "version", version_of)
+        old_transformers.cache_clear()
 
     for found in ("5.21.0", "6.0"):
         pretend(found)

@@ -96,7 +96,7 @@ static void fuzz_cpu(fuzz_input *in) {
 
 /* --------------------------------------------------------------------------------------------- CUDA */
 
-#define MAX_PARTS (4 * 6 + 200 * 2 * LK_PLAN_HALVINGS)
+#define MAX_PARTS (4 * 6 + 200 * (LK_PLAN_HALVINGS + 1))
 
 static void fuzz_cuda(fuzz_input *in) {
     static int32_t parts[MAX_PARTS][5];
