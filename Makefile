@@ -14,7 +14,7 @@ CUDA_FILES := $(wildcard kernels/*.c kernels/*.h kernels/*.cu kernels/*.cuh kern
 C_ALL := $(C_FILES) $(CUDA_FILES) $(wildcard tests/*.c tests/capi/*.h tests/fuzz/*.c tests/fuzz/*.h)
 
 .PHONY: demo test build model lint format capi valgrind sanitize neon dist-smoke docs bench long clean \
-    fuzz fuzz-replay tsan analyse
+    fuzz fuzz-replay tsan analyse emulate
 
 demo: build model
 	$(BIN)/leank demo
@@ -101,6 +101,16 @@ sanitize: build
 	    LD_PRELOAD="$(foreach lib,asan.so ubsan.so stdc++.so,$(shell $(CC) -print-file-name=lib$(lib)))" \
 	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider \
 	    -m 'not model and not long' $(SANITIZE_SKIP) $(PYTEST_ARGS) $(SANITIZE_TESTS)
+
+# The host's part of GPUs, over operators for the CPU, which tests take where the package was built without CUDA. So Python must
+# not find the kernels of the installed package, which stands where its sources are.
+NOT_INSTALLED := import sys, pytest; \
+    sys.meta_path[:] = [x for x in sys.meta_path if "editable" not in str(x)]; sys.exit(pytest.main())
+emulate: build
+	$(call COPY_TO,build/emulate)
+	cd build/emulate && LEANK_CUDA=0 $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/emulate && PYTHONPATH=. $(abspath $(BIN))/python -c '$(NOT_INSTALLED)' -p no:cacheprovider \
+	    $(PYTEST_ARGS) tests/test_cuda_*.py
 
 # Every input of the committed corpus, where there is no fuzzer; tests/test_fuzz.py has that of the Python targets.
 # All variants have one body: two, with scalar, are enough.
