@@ -126,15 +126,14 @@ def needing(extra: str, *packages: str, option: str = "") -> Iterator[None]:
     option : str
         What needs them, if it is not the whole command.
     """
-    problem = old_transformers() if "transformers" in packages else None
-    if problem:
-        raise CommandError(problem)
     try:
         yield
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in packages:
             raise
+        if package == "transformers" and (problem := old_transformers()):
+            raise CommandError(problem) from error
         what = f"{option}: needs" if option else "needs"
         raise CommandError(f"{what} {package}: pip install 'leank[{extra}]'") from error
 

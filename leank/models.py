@@ -21,6 +21,10 @@ from transformers.cache_utils import (
 
 from . import _C, _probe
 from ._probe import layers_text
+from ._versions import old_transformers
+
+if problem := old_transformers():
+    raise ImportError(problem, name="transformers")
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 BASES = ("sdpa", "eager")

@@ -21,6 +21,13 @@ needs_gpu = [
 ]
 
 
+def on_gpu(test):
+    """Mark one test, where a file has others too."""
+    for mark in needs_gpu:
+        test = mark(test)
+    return test
+
+
 def to_gpu(coded):
     """Return a coded array as a tensor on the GPU; uint16 holds bfloat16 bits."""
     x = torch.from_numpy(np.ascontiguousarray(coded))

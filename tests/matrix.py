@@ -3,8 +3,8 @@
 Each combination gets a virtual environment with the package built for it, and a copy of the tests
 beside which there is no source of the package. torch is taken as a CPU wheel or, with --any-torch,
 as the wheel there is, whose CUDA is gigabytes. What is not to be had from pip's sources, and what
-has no interpreter, is said to be untested. What pip and
-pytest said is in log.txt of each combination's folder.
+has no interpreter, is said to be untested. What pip and pytest said is in log.txt of each
+combination's folder.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from .cuda_tools import make, needs_gpu, torch
+from .cuda_tools import make, on_gpu, torch
 from .processes import ROOT
 
 _cuda_ops = pytest.importorskip("leank._cuda_ops", reason="leank was built without CUDA")
@@ -17,12 +17,6 @@ _cuda_ops = pytest.importorskip("leank._cuda_ops", reason="leank was built witho
 WINDOW = {"sink": 10, "recent": 40, "slack": 20}
 D = 64
 HALF_CHANGED = "cache: expected one that is whole, got one that decode left half changed"
-
-
-def on_gpu(test):
-    for mark in needs_gpu:
-        test = mark(test)
-    return test
 
 
 def keep_of():

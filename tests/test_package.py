@@ -69,8 +69,21 @@ def test_a_transformers_that_is_too_old_is_named(monkeypatch, request):
         problem = f"transformers: expected 5.21 or newer, got {found}: pip install 'leank[hf]'"
         with pytest.raises(AttributeError, match=re.escape(problem)):
             leank.patch  # noqa: B018
-        with pytest.raises(CommandError, match=re.escape(problem)):
-            needing("hf", "transformers").__enter__()
+        with pytest.raises(CommandError, match=re.escape(problem)), needing("hf", "transformers"):
+            raise ImportError("no such name", name="transformers.cache_utils")
+    with needing("hf", "transformers"):  # what does not import it works with any
+        pass
+    code = f"""if True:
+        import importlib.metadata as metadata
+        real = metadata.version
+        metadata.version = lambda name: {found!r} if name == "transformers" else real(name)
+        try:
+            import leank.models
+        except ImportError as error:
+            print(error.name, error)
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"transformers {problem}\n"
 
 
 def test_with_torch_all_names_are_there():

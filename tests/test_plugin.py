@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import leank
 
@@ -21,6 +20,7 @@ from leank.evaluation import picture, report  # noqa: F401
 from leank.masks import ChannelMask
 from leank.pytest_plugin import PLOT, RESULTS, pytest_configure
 
+from .cuda_tools import on_gpu
 from .learn_run_tools import write_model
 from .tiny_models import HKV, D, N
 
@@ -322,8 +322,7 @@ def test_experiments_on_a_tiny_model(pytester):
     assert (pytester.path / "leank-results" / PLOT).is_file()
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@on_gpu
 def test_experiments_on_a_gpu(pytester):
     model = write_experiments(pytester.path, 64)
     mask = "mask-0.7-a16.safetensors"
