@@ -36,6 +36,11 @@ __device__ __forceinline__ void barrier_init(uint64_t *bar, uint32_t n_arrivals)
                  : "memory");
 }
 
+/* Nobody waits for it any more; it may be initialised again. */
+__device__ __forceinline__ void barrier_end(uint64_t *bar) {
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(smem_address(bar)) : "memory");
+}
+
 __device__ __forceinline__ void barrier_arrive(uint64_t *bar) {
     asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(
                      smem_address(bar))
@@ -96,6 +101,13 @@ static lk_status launch_early(dim3 grid, int n_threads, size_t smem_bytes, cudaS
     config.attrs = &early;
     config.numAttrs = built.ptxVersion >= 90;
     return lk_cuda_launched(cudaLaunchKernelEx(&config, kernel, args...), stream, cuda_error);
+}
+
+/* These numbers, of which none is negative, are computed by now: the compiler would do it after a wait, when they are needed. */
+template <typename... Ints> __device__ __forceinline__ void settle(Ints... x) {
+    int32_t any = (x | ...);
+    asm volatile("" : "+r"(any));
+    if (any < 0) asm volatile("trap;");
 }
 
 /* What earlier kernels wrote is there after this. */

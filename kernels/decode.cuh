@@ -91,15 +91,29 @@ __device__ __forceinline__ void help(const decode_params &p,
             store_new<T, D>(p, s, part, new_k, new_k + D, thread, shape::HELPER_THREADS);
         }
         barrier_arrive(&s.part_empty[slot]);
-        if (last.row >= 0) {
-            barrier_wait(s.states_full, (index - 1) & 1);
-            finish_part<T, D, COLUMN_TILES>(p, s, last, thread);
-        }
+        if (last.row >= 0) finish_part<T, D, COLUMN_TILES>(p, s, last, index - 1, thread);
         if (part.row < 0) return;
         last = part;
     }
 }
 
+/* Everybody makes the plan again, from lengths that changed while it was made. */
+template <typename T, int D, int COLUMN_TILES>
+__device__ __noinline__ void plan_again(const decode_params &p, unsigned char *memory) {
+    decode_smem<T, D, COLUMN_TILES> s(memory, p);
+    __syncthreads();
+    s.clear(p);
+    __syncthreads();
+    s.init(p);
+    __syncthreads();
+    make_plan(p, s);
+    __syncthreads();
+}
+
+/* The plan is made while earlier kernels run, so that its reads and the first tiles are under way when they end. Then q is asked
+ * for at once. If those kernels changed what a row sees, all is done again. The fetching warp has its code once, since a step of
+ * a short row waits for instructions that come for the first time most of all. So it meets the others at the block's barrier
+ * from a place of its own, which PTX allows: the barrier and the operation are the same. */
 template <typename T, int D, int COLUMN_TILES>
 __global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::BOUND_THREADS, 1)
     decode_kernel(const __grid_constant__ decode_params p) {
@@ -108,51 +122,47 @@ __global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::BOUND_THREADS, 
     decode_smem<T, D, COLUMN_TILES> s(memory, p);
     const int warp = threadIdx.x / LK_WARP, lane = threadIdx.x % LK_WARP;
     s.init(p);
-    const uint32_t *order = reinterpret_cast<const uint32_t *>(head_order(p.layer, 0));
+    const int32_t n_words = (int32_t)geom_words(p.layer);
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < p.layer.n_heads * D / 4; i += shape::THREADS)
-        reinterpret_cast<uint32_t *>(s.order)[i] = order[i];
-    __syncthreads();
+    for (int32_t i = threadIdx.x; i < n_words; i += shape::THREADS) s.n_kept[i] = p.layer.geom[i];
     let_next_kernel_come();
-    /* The plan is made while earlier kernels run, so that its reads and the first tiles are under way when they end. If they
-     * change what a row sees, it is made again. */
-    fetcher<T, D, COLUMN_TILES> fetch(p, s, lane);
-#pragma unroll 1
-    for (int round = 0;; round++) {
-        make_plan(p, s);
-        __syncthreads();
-        if (warp == shape::FETCH_WARP) fetch.prepare();
-        if (round == 1) break;
-        wait_for_earlier_kernels();
-        if (__syncthreads_and(plan_holds(p, s))) break;
-        s.clear_plan(p);
-        __syncthreads();
-    }
+    make_plan(p, s);
+    __syncthreads();
     if (warp == shape::FETCH_WARP) {
-        fetch.run();
-    } else if (warp < shape::COMPUTE_WARPS) {
-        compute<T, D, COLUMN_TILES>(p, s, warp, lane);
-    } else {
-        help<T, D, COLUMN_TILES>(p, s, threadIdx.x - shape::COMPUTE_THREADS);
+        fetcher<T, D, COLUMN_TILES> fetch(p, s, lane);
+#pragma unroll 1
+        for (bool is_sure = false, is_last = false;;) {
+            if (!is_sure) fetch.prepare();
+            fetch.run(is_sure); /* waits for earlier kernels */
+            if (is_sure) return;
+            is_sure = __syncthreads_and(is_last || plan_holds(p, s));
+            if (is_sure) continue;
+            fetch.give_up();
+            plan_again<T, D, COLUMN_TILES>(p, memory);
+            is_last = true;
+        }
     }
+    wait_for_earlier_kernels();
+    if (!__syncthreads_and(plan_holds(p, s))) {
+        plan_again<T, D, COLUMN_TILES>(p, memory);
+        __syncthreads_and(true);
+    }
+    if (warp < shape::COMPUTE_WARPS) compute<T, D, COLUMN_TILES>(p, s, warp, lane);
+    else help<T, D, COLUMN_TILES>(p, s, threadIdx.x - shape::COMPUTE_THREADS);
 }
 
 template <typename T, int D, int COLUMN_TILES>
 static lk_status launch_decode(decode_params *p, int32_t smem_bytes, cudaStream_t stream,
                                int32_t *cuda_error) {
     using shape = decode_shape<D, COLUMN_TILES>;
-    const size_t fixed = decode_smem<T, D, COLUMN_TILES>::fixed_bytes(*p);
-    const int64_t n_stages = ((int64_t)smem_bytes - (int64_t)fixed) / shape::STAGE_BYTES;
-    if (n_stages < 2) return LK_E_SHAPE;
-    const int64_t enough = LK_RING_BYTES / shape::STAGE_BYTES;
-    p->n_stages = (int32_t)(n_stages < enough ? n_stages : enough);
-    const size_t bytes = fixed + (size_t)p->n_stages * shape::STAGE_BYTES;
+    const int64_t bytes = decode_smem<T, D, COLUMN_TILES>::lay_out(p, smem_bytes);
+    if (bytes == 0) return LK_E_SHAPE;
     const auto kernel = decode_kernel<T, D, COLUMN_TILES>;
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (error != cudaSuccess) return lk_cuda_launched(error, stream, cuda_error);
-    return launch_early(dim3((unsigned)p->n_blocks), shape::THREADS, bytes, stream, cuda_error,
-                        kernel, *p);
+    return launch_early(dim3((unsigned)p->n_blocks), shape::THREADS, (size_t)bytes, stream,
+                        cuda_error, kernel, *p);
 }
 
 /* inst/decode_<name>_<D>.cu: the kernels of one dtype and head dim, for up to 8 and up to 16 query heads per KV head. */

@@ -45,14 +45,15 @@ __device__ __forceinline__ lk_unit make_unit(const decode_params &p, const row_v
     return lk_unit_make(view.end, view.full_lo, p.layer.sink, n_kept, p.layer.head_dim);
 }
 
-/* What each row sees (view_row) and costs, by all threads of the block. row_base is 0 and becomes costs of rows, one place up:
- * the fetching warp sums them. Lengths may change while this runs: each is read once, so that costs agree with the views
- * that plan_holds checks. */
+/* What each row sees (view_row) and costs, by all threads of the block; what these wrote to s.n_kept before is waited for.
+ * row_base is 0 and becomes costs of rows, one place up: the fetching warp sums them. Lengths may change while this runs: each
+ * is read once, so that costs agree with the views that plan_holds checks. The last threads begin with the rows: the first
+ * ones copy geom, so that both are under way together. */
 template <typename Params, typename Smem>
 __device__ __forceinline__ void make_plan(const Params &p, Smem &s) {
     const int32_t n_heads = p.layer.n_heads, n_views = count_views(p);
-    for (int32_t b = threadIdx.x; b < n_views; b += blockDim.x) s.row[b] = view_row(p, b);
-    for (int32_t g = threadIdx.x; g < n_heads; g += blockDim.x) s.n_kept[g] = head_kept(p.layer, g);
+    for (int32_t b = blockDim.x - 1 - threadIdx.x; b < n_views; b += blockDim.x)
+        s.row[b] = view_row(p, b);
     __syncthreads();
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < n_views * n_heads; i += blockDim.x) {
