@@ -36,15 +36,21 @@ __device__ __forceinline__ void barrier_init(uint64_t *bar, uint32_t n_arrivals)
                  : "memory");
 }
 
-/* Nobody waits for it any more; it may be initialised again. */
-__device__ __forceinline__ void barrier_end(uint64_t *bar) {
-    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(smem_address(bar)) : "memory");
-}
-
 __device__ __forceinline__ void barrier_arrive(uint64_t *bar) {
     asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(
                      smem_address(bar))
                  : "memory");
+}
+
+/* Whether x holds in all N_THREADS threads that meet here, from wherever in the code: what barrier 1 is for. */
+template <int N_THREADS> __device__ __forceinline__ bool all_agree(bool x) {
+    uint32_t all;
+    asm volatile("{\n.reg .pred own, all;\nsetp.ne.u32 own, %1, 0;\n"
+                 "barrier.cta.red.and.pred all, 1, %2, own;\nselp.u32 %0, 1, 0, all;\n}"
+                 : "=r"(all)
+                 : "r"((uint32_t)x), "n"(N_THREADS)
+                 : "memory");
+    return all != 0;
 }
 
 /* A warp arrives, by one lane. compute-sanitizer's racecheck takes what the other lanes did for a race: for it, build with

@@ -23,11 +23,16 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
     const int32_t group = warp % shape::GROUPS, team = warp / shape::GROUPS;
     constexpr int STAGES = 4 / shape::GROUPS; /* of a tile */
     ring_place at = {0, 0};
+    int32_t n_done = 0;
     for (int32_t index = 0;; index++) {
         const int slot = index & 1;
         barrier_wait(&s.q_full[slot], (index >> 1) & 1);
         const decode_part part = s.part[slot];
-        if (part.row < 0) return;
+        if (part.row < 0) {
+            if (part.row == LK_NO_PART) return;
+            barrier_arrive(&s.part_empty[slot]);
+            continue;
+        }
         const int32_t n_kept = s.n_kept[part.head];
         const lk_unit u = lk_unit_make(part.end, part.full_lo, p.layer.sink, n_kept, D);
         warp_state<T, D, COLUMN_TILES> w;
@@ -62,7 +67,7 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
             at.advance(p.n_stages);
         }
         if (!q_is_read) barrier_arrive(&s.part_empty[slot]);
-        barrier_wait(s.states_empty, (index & 1) ^ 1);
+        barrier_wait(s.states_empty, (n_done++ & 1) ^ 1);
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++)
             w.put(n, s.states + (warp * p.r + 8 * n) * shape::STATE_FLOATS, p.r - 8 * n, lane);
@@ -76,7 +81,8 @@ __device__ __forceinline__ void help(const decode_params &p,
                                      const decode_smem<T, D, COLUMN_TILES> &s, int32_t thread) {
     using shape = decode_shape<D, COLUMN_TILES>;
     decode_part last;
-    last.row = -1;
+    last.row = LK_NO_PART;
+    int32_t n_done = 0;
     for (int32_t index = 0;; index++) {
         const int slot = index & 1;
         barrier_wait(&s.part_full[slot], (index >> 1) & 1);
@@ -91,8 +97,8 @@ __device__ __forceinline__ void help(const decode_params &p,
             store_new<T, D>(p, s, part, new_k, new_k + D, thread, shape::HELPER_THREADS);
         }
         barrier_arrive(&s.part_empty[slot]);
-        if (last.row >= 0) finish_part<T, D, COLUMN_TILES>(p, s, last, index - 1, thread);
-        if (part.row < 0) return;
+        if (last.row >= 0) finish_part<T, D, COLUMN_TILES>(p, s, last, n_done++, thread);
+        if (part.row == LK_NO_PART) return;
         last = part;
     }
 }
@@ -102,18 +108,15 @@ template <typename T, int D, int COLUMN_TILES>
 __device__ __noinline__ void plan_again(const decode_params &p, unsigned char *memory) {
     decode_smem<T, D, COLUMN_TILES> s(memory, p);
     __syncthreads();
-    s.clear(p);
-    __syncthreads();
-    s.init(p);
-    __syncthreads();
-    make_plan(p, s);
+    s.clear_plan(p);
+    make_plan(p, s, false);
     __syncthreads();
 }
 
 /* The plan is made while earlier kernels run, so that its reads and the first tiles are under way when they end. Then q is asked
  * for at once. If those kernels changed what a row sees, all is done again. The fetching warp has its code once, since a step of
- * a short row waits for instructions that come for the first time most of all. So it meets the others at the block's barrier
- * from a place of its own, which PTX allows: the barrier and the operation are the same. */
+ * a short row waits for instructions that come for the first time most of all; so it meets the others from a place of its
+ * own. */
 template <typename T, int D, int COLUMN_TILES>
 __global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::BOUND_THREADS, 1)
     decode_kernel(const __grid_constant__ decode_params p) {
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::BOUND_THREADS, 
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < n_words; i += shape::THREADS) s.n_kept[i] = p.layer.geom[i];
     let_next_kernel_come();
-    make_plan(p, s);
+    make_plan(p, s, true);
     __syncthreads();
     if (warp == shape::FETCH_WARP) {
         fetcher<T, D, COLUMN_TILES> fetch(p, s, lane);
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::BOUND_THREADS, 
             if (!is_sure) fetch.prepare();
             fetch.run(is_sure); /* waits for earlier kernels */
             if (is_sure) return;
-            is_sure = __syncthreads_and(is_last || plan_holds(p, s));
+            is_sure = all_agree<shape::THREADS>(is_last || plan_holds(p, s));
             if (is_sure) continue;
             fetch.give_up();
             plan_again<T, D, COLUMN_TILES>(p, memory);
@@ -143,9 +146,9 @@ __global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::BOUND_THREADS, 
         }
     }
     wait_for_earlier_kernels();
-    if (!__syncthreads_and(plan_holds(p, s))) {
+    if (!all_agree<shape::THREADS>(plan_holds(p, s))) {
         plan_again<T, D, COLUMN_TILES>(p, memory);
-        __syncthreads_and(true);
+        all_agree<shape::THREADS>(true);
     }
     if (warp < shape::COMPUTE_WARPS) compute<T, D, COLUMN_TILES>(p, s, warp, lane);
     else help<T, D, COLUMN_TILES>(p, s, threadIdx.x - shape::COMPUTE_THREADS);

@@ -60,7 +60,7 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
 
     __device__ __forceinline__ fetcher(const decode_params &params, const smem &memory,
                                        int own_lane)
-        : p(params), s(memory), lane(own_lane) {}
+        : p(params), s(memory), lane(own_lane), at{0, 0}, n_parts(0) {}
 
     /* How a tile is copied, in bytes: from its page, from its twin, and of V, where K and V are copied apart. */
     typedef struct {
@@ -179,7 +179,7 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         warp_wait(&s.part_empty[slot], ((n_parts >> 1) & 1) ^ 1, lane);
         if (lane == 0) {
             s.part[slot] = part;
-            if (!now.exists) s.part[slot].row = -1;
+            if (!now.exists) s.part[slot].row = LK_NO_PART;
         }
         if (!LK_BULK_COPY || lane == 0) {
 #if LK_BULK_COPY
@@ -307,8 +307,6 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         __syncwarp();
         cut = lk_cut_make(s.row_base[p.layer.n_rows], p.layer.n_rows * p.layer.n_heads, gridDim.x,
                           lk_whole_cost(D), LK_PLAN_HALVINGS);
-        at = {0, 0};
-        n_parts = 0;
         now.exists = false;
         now.end = tile = turn = 0;
         open_chunk(blockIdx.x, 0);
@@ -351,9 +349,9 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         }
     }
 
-    /* Wait for q of a part that is none any more. */
+    /* The part that was handed over, if any, is none: let the others skip it, when its q has landed. */
     __device__ __forceinline__ void give_up() {
-        if (now.exists) warp_wait(&s.part_full[0], 0, lane);
+        if (now.exists && lane == 0) s.part[0].row = LK_SKIPPED;
     }
 };
 

@@ -88,8 +88,8 @@ __device__ __forceinline__ void merge_warps(const float *states, int32_t step, c
     }
 }
 
-/* By the helper threads, when the states of the part are there: index, which part it is. combine.cu is told which chunks have
- * a unit's first and last tile. */
+/* By the helper threads, when the states of the part are there, the block's index-th. combine.cu is told which chunks have a unit's
+ * first and last tile. */
 template <typename T, int D, int COLUMN_TILES>
 __device__ __forceinline__ void
 finish_part(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s,

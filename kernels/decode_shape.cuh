@@ -74,9 +74,12 @@ typedef struct {
     int32_t end, full_lo;
 } row_view;
 
+#define LK_NO_PART -1 /* there is no more */
+#define LK_SKIPPED -2 /* was handed over before it was known that lengths had changed */
+
 /* The part of a unit that is in one chunk, as the fetching warp hands it to the others. */
 typedef struct {
-    int32_t row, head; /* row < 0: there is no more */
+    int32_t row, head; /* row: or LK_NO_PART, LK_SKIPPED */
     int32_t chunk, tile_begin, tile_end;
     int32_t ends; /* has the unit's last tile */
     int32_t end, full_lo;
@@ -148,19 +151,13 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
         return p->at.q + rest;
     }
 
-    /* Before another init. */
-    __device__ __forceinline__ void clear(const decode_params &p) {
-        if (threadIdx.x != 0) return;
-        for (int i = 0; i < p.n_stages; i++) {
-            barrier_end(&full[i]);
-            barrier_end(&empty[i]);
-        }
-        for (uint64_t *bar = part_full; bar <= states_empty; bar++) barrier_end(bar);
+    __device__ __forceinline__ void clear_plan(const decode_params &p) {
+        for (int32_t b = threadIdx.x; b <= p.layer.n_rows; b += blockDim.x) row_base[b] = 0;
     }
 
-    /* By all threads, before they use anything else of it. */
+    /* By all threads, before anything else. */
     __device__ __forceinline__ void init(const decode_params &p) {
-        for (int32_t b = threadIdx.x; b <= p.layer.n_rows; b += blockDim.x) row_base[b] = 0;
+        clear_plan(p);
         if (threadIdx.x != 0) return;
 #pragma unroll 1
         for (int i = 0; i < p.n_stages; i++) {

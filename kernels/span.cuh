@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(span_shape<D>::THREADS, 1)
     __syncthreads();
     for (int32_t g = threadIdx.x; g < p.layer.n_heads; g += shape::THREADS)
         s.n_kept[g] = head_kept(p.layer, g);
-    make_plan(p, s);
+    make_plan(p, s, false);
     __syncthreads();
     if (warp == 0) sum_rows(s.row_base, count_views(p), lane);
     __syncthreads();
