@@ -54,45 +54,32 @@ __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 4)
     const int32_t D = p.layer.head_dim, n_items = count_items(p);
     const int warp = threadIdx.x / LK_WARP, lane = threadIdx.x % LK_WARP;
     const int32_t rank = warp % item_warps;
+    const float *lane_m = p.states + p.r * D;
     let_next_kernel_come();
+    wait_for_earlier_kernels();
     const int32_t n_blocks = (int32_t)gridDim.x - 1; /* that merge */
     if ((int32_t)blockIdx.x == n_blocks) {
-        wait_for_earlier_kernels();
         advance_rows(p);
         return;
     }
-    /* What can be known before is found before the wait: after it every instruction counts. Neighbours share a unit: the second
-     * one finds its chunks in L1. */
+    /* Neighbours share a unit: the second one finds its chunks in L1. */
     const int32_t n_groups = n_blocks * COMBINE_WARPS / item_warps;
     const int32_t n_each = (n_items + n_groups - 1) / n_groups;
     int32_t item = ((int32_t)blockIdx.x * COMBINE_WARPS + warp) / item_warps * n_each;
     const int32_t end = min(item + n_each, n_items);
     const int32_t n_splits = D > ITEM_VALUES ? D / ITEM_VALUES : 1;
-    int32_t n_floats = part_floats(p.r, D);
-    int32_t unit = item / n_splits / p.r, column = item / n_splits % p.r, split = item % n_splits;
-    int32_t d = 4 * lane + split * ITEM_VALUES, o_at = column * D + min(d, D - 4);
-    int32_t m_at = p.r * D + column;
-    settle(unit, column, split, n_floats, o_at, m_at, end);
-    wait_for_earlier_kernels();
-    const auto find_chunks = [&] { return item < end ? p.unit_chunks[unit] : make_int2(0, 0); };
-    int2 next = find_chunks(); /* asked for while an item before it is merged */
+    const auto chunks_of = [&](int32_t i) {
+        return i < end ? p.unit_chunks[i / n_splits / p.r] : make_int2(0, 0);
+    };
+    int2 next = chunks_of(item); /* asked for while an item before it is merged */
 #pragma unroll 1
     do {
         const int2 chunks = next;
-        const int32_t own_unit = unit, own_column = column, own_d = d;
-        const float *lane_o = p.states + o_at, *lane_m = p.states + m_at;
-        item++;
-        if (++split == n_splits) {
-            split = 0;
-            if (++column == p.r) {
-                column = 0;
-                unit++;
-            }
-        }
-        d = 4 * lane + split * ITEM_VALUES;
-        o_at = column * D + min(d, D - 4);
-        m_at = p.r * D + column;
-        next = find_chunks();
+        next = chunks_of(item + 1);
+        const int32_t unit = item / n_splits / p.r;
+        const int32_t column = item / n_splits % p.r;
+        const int32_t d = 4 * lane + item % n_splits * ITEM_VALUES;
+        const float *lane_o = p.states + min(d, D - 4);
         const bool has_parts = chunks.x < chunks.y;
         state_part x = {-INFINITY, 0.0f, {}};
 #pragma unroll 1
@@ -101,9 +88,11 @@ __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 4)
 #pragma unroll
             for (int i = 0; i < LOADS; i++) {
                 const int32_t chunk = min(c + i * item_warps, chunks.y);
-                const int32_t at = part_index(chunk, chunk == chunks.x) * n_floats;
-                const float4 o = __ldcg(reinterpret_cast<const float4 *>(lane_o + at));
-                part[i] = {__ldcg(lane_m + at), __ldcg(lane_m + at + p.r), {o.x, o.y, o.z, o.w}};
+                const int32_t at = part_place(p, chunk, chunk == chunks.x);
+                const float4 o = __ldcg(reinterpret_cast<const float4 *>(lane_o + at + column * D));
+                part[i] = {__ldcg(lane_m + at + column),
+                           __ldcg(lane_m + at + p.r + column),
+                           {o.x, o.y, o.z, o.w}};
             }
 #pragma unroll
             for (int i = 0; i < LOADS; i++)
@@ -117,12 +106,12 @@ __global__ void __launch_bounds__(COMBINE_WARPS *LK_WARP, 4)
             if (rank == 0 && item_warps == 4) merge<3>(&x, &states[warp + 1][lane], LK_WARP);
             if (rank == 0 && item_warps == 2) merge<1>(&x, &states[warp + 1][lane], LK_WARP);
         }
-        if (has_parts && rank == 0 && own_d < D) {
-            const int32_t query = find_query(p, own_unit, own_column);
+        if (has_parts && rank == 0 && d < D) {
+            const int32_t query = find_query(p, unit, column);
             /* A column that saw no key is one of padding. */
-            if (query >= 0) write_out<T>(p, query, x.l > 0.0f, own_d, x.m, x.l, x.o);
+            if (query >= 0) write_out<T>(p, query, x.l > 0.0f, d, x.m, x.l, x.o);
         }
-    } while (item < end);
+    } while (++item < end);
 }
 
 static lk_status launch(const decode_params &p, cudaStream_t stream, int32_t *cuda_error) {

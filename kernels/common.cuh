@@ -42,17 +42,6 @@ __device__ __forceinline__ void barrier_arrive(uint64_t *bar) {
                  : "memory");
 }
 
-/* Whether x holds in all N_THREADS threads that meet here, from wherever in the code: what barrier 1 is for. */
-template <int N_THREADS> __device__ __forceinline__ bool all_agree(bool x) {
-    uint32_t all;
-    asm volatile("{\n.reg .pred own, all;\nsetp.ne.u32 own, %1, 0;\n"
-                 "barrier.cta.red.and.pred all, 1, %2, own;\nselp.u32 %0, 1, 0, all;\n}"
-                 : "=r"(all)
-                 : "r"((uint32_t)x), "n"(N_THREADS)
-                 : "memory");
-    return all != 0;
-}
-
 /* A warp arrives, by one lane. compute-sanitizer's racecheck takes what the other lanes did for a race: for it, build with
  * NVCC_APPEND_FLAGS=-DLK_EACH_LANE_ARRIVES=1. */
 #ifndef LK_EACH_LANE_ARRIVES
@@ -107,13 +96,6 @@ static lk_status launch_early(dim3 grid, int n_threads, size_t smem_bytes, cudaS
     config.attrs = &early;
     config.numAttrs = built.ptxVersion >= 90;
     return lk_cuda_launched(cudaLaunchKernelEx(&config, kernel, args...), stream, cuda_error);
-}
-
-/* These numbers, of which none is negative, are computed by now: the compiler would do it after a wait, when they are needed. */
-template <typename... Ints> __device__ __forceinline__ void settle(Ints... x) {
-    int32_t any = (x | ...);
-    asm volatile("" : "+r"(any));
-    if (any < 0) asm volatile("trap;");
 }
 
 /* What earlier kernels wrote is there after this. */

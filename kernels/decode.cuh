@@ -23,16 +23,11 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
     const int32_t group = warp % shape::GROUPS, team = warp / shape::GROUPS;
     constexpr int STAGES = 4 / shape::GROUPS; /* of a tile */
     ring_place at = {0, 0};
-    int32_t n_done = 0;
     for (int32_t index = 0;; index++) {
         const int slot = index & 1;
         barrier_wait(&s.q_full[slot], (index >> 1) & 1);
         const decode_part part = s.part[slot];
-        if (part.row < 0) {
-            if (part.row == LK_NO_PART) return;
-            barrier_arrive(&s.part_empty[slot]);
-            continue;
-        }
+        if (part.row < 0) return;
         const int32_t n_kept = s.n_kept[part.head];
         const lk_unit u = lk_unit_make(part.end, part.full_lo, p.layer.sink, n_kept, D);
         warp_state<T, D, COLUMN_TILES> w;
@@ -67,7 +62,7 @@ compute(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s, int wa
             at.advance(p.n_stages);
         }
         if (!q_is_read) barrier_arrive(&s.part_empty[slot]);
-        barrier_wait(s.states_empty, (n_done++ & 1) ^ 1);
+        barrier_wait(s.states_empty, (index & 1) ^ 1);
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++)
             w.put(n, s.states + (warp * p.r + 8 * n) * shape::STATE_FLOATS, p.r - 8 * n, lane);
@@ -81,8 +76,7 @@ __device__ __forceinline__ void help(const decode_params &p,
                                      const decode_smem<T, D, COLUMN_TILES> &s, int32_t thread) {
     using shape = decode_shape<D, COLUMN_TILES>;
     decode_part last;
-    last.row = LK_NO_PART;
-    int32_t n_done = 0;
+    last.row = -1;
     for (int32_t index = 0;; index++) {
         const int slot = index & 1;
         barrier_wait(&s.part_full[slot], (index >> 1) & 1);
@@ -97,26 +91,15 @@ __device__ __forceinline__ void help(const decode_params &p,
             store_new<T, D>(p, s, part, new_k, new_k + D, thread, shape::HELPER_THREADS);
         }
         barrier_arrive(&s.part_empty[slot]);
-        if (last.row >= 0) finish_part<T, D, COLUMN_TILES>(p, s, last, n_done++, thread);
-        if (part.row == LK_NO_PART) return;
+        if (last.row >= 0) {
+            barrier_wait(s.states_full, (index - 1) & 1);
+            finish_part<T, D, COLUMN_TILES>(p, s, last, thread);
+        }
+        if (part.row < 0) return;
         last = part;
     }
 }
 
-/* Everybody makes the plan again, from lengths that changed while it was made. */
-template <typename T, int D, int COLUMN_TILES>
-__device__ __noinline__ void plan_again(const decode_params &p, unsigned char *memory) {
-    decode_smem<T, D, COLUMN_TILES> s(memory, p);
-    __syncthreads();
-    s.clear_plan(p);
-    make_plan(p, s, false);
-    __syncthreads();
-}
-
-/* The plan is made while earlier kernels run, so that its reads and the first tiles are under way when they end. Then q is asked
- * for at once. If those kernels changed what a row sees, all is done again. The fetching warp has its code once, since a step of
- * a short row waits for instructions that come for the first time most of all; so it meets the others from a place of its
- * own. */
 template <typename T, int D, int COLUMN_TILES>
 __global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::BOUND_THREADS, 1)
     decode_kernel(const __grid_constant__ decode_params p) {
@@ -125,47 +108,51 @@ __global__ void __launch_bounds__(decode_shape<D, COLUMN_TILES>::BOUND_THREADS, 
     decode_smem<T, D, COLUMN_TILES> s(memory, p);
     const int warp = threadIdx.x / LK_WARP, lane = threadIdx.x % LK_WARP;
     s.init(p);
-    const int32_t n_words = (int32_t)geom_words(p.layer);
+    const uint32_t *order = reinterpret_cast<const uint32_t *>(head_order(p.layer, 0));
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < n_words; i += shape::THREADS) s.n_kept[i] = p.layer.geom[i];
-    let_next_kernel_come();
-    make_plan(p, s, true);
+    for (int32_t i = threadIdx.x; i < p.layer.n_heads * D / 4; i += shape::THREADS)
+        reinterpret_cast<uint32_t *>(s.order)[i] = order[i];
     __syncthreads();
-    if (warp == shape::FETCH_WARP) {
-        fetcher<T, D, COLUMN_TILES> fetch(p, s, lane);
+    let_next_kernel_come();
+    /* The plan is made while earlier kernels run, so that its reads and the first tiles are under way when they end. If they
+     * change what a row sees, it is made again. */
+    fetcher<T, D, COLUMN_TILES> fetch(p, s, lane);
 #pragma unroll 1
-        for (bool is_sure = false, is_last = false;;) {
-            if (!is_sure) fetch.prepare();
-            fetch.run(is_sure); /* waits for earlier kernels */
-            if (is_sure) return;
-            is_sure = all_agree<shape::THREADS>(is_last || plan_holds(p, s));
-            if (is_sure) continue;
-            fetch.give_up();
-            plan_again<T, D, COLUMN_TILES>(p, memory);
-            is_last = true;
-        }
+    for (int round = 0;; round++) {
+        make_plan(p, s);
+        __syncthreads();
+        if (warp == shape::FETCH_WARP) fetch.prepare();
+        if (round == 1) break;
+        wait_for_earlier_kernels();
+        if (__syncthreads_and(plan_holds(p, s))) break;
+        s.clear_plan(p);
+        __syncthreads();
     }
-    wait_for_earlier_kernels();
-    if (!all_agree<shape::THREADS>(plan_holds(p, s))) {
-        plan_again<T, D, COLUMN_TILES>(p, memory);
-        all_agree<shape::THREADS>(true);
+    if (warp == shape::FETCH_WARP) {
+        fetch.run();
+    } else if (warp < shape::COMPUTE_WARPS) {
+        compute<T, D, COLUMN_TILES>(p, s, warp, lane);
+    } else {
+        help<T, D, COLUMN_TILES>(p, s, threadIdx.x - shape::COMPUTE_THREADS);
     }
-    if (warp < shape::COMPUTE_WARPS) compute<T, D, COLUMN_TILES>(p, s, warp, lane);
-    else help<T, D, COLUMN_TILES>(p, s, threadIdx.x - shape::COMPUTE_THREADS);
 }
 
 template <typename T, int D, int COLUMN_TILES>
 static lk_status launch_decode(decode_params *p, int32_t smem_bytes, cudaStream_t stream,
                                int32_t *cuda_error) {
     using shape = decode_shape<D, COLUMN_TILES>;
-    const int64_t bytes = decode_smem<T, D, COLUMN_TILES>::lay_out(p, smem_bytes);
-    if (bytes == 0) return LK_E_SHAPE;
+    const size_t fixed = decode_smem<T, D, COLUMN_TILES>::fixed_bytes(*p);
+    const int64_t n_stages = ((int64_t)smem_bytes - (int64_t)fixed) / shape::STAGE_BYTES;
+    if (n_stages < 2) return LK_E_SHAPE;
+    const int64_t enough = LK_RING_BYTES / shape::STAGE_BYTES;
+    p->n_stages = (int32_t)(n_stages < enough ? n_stages : enough);
+    const size_t bytes = fixed + (size_t)p->n_stages * shape::STAGE_BYTES;
     const auto kernel = decode_kernel<T, D, COLUMN_TILES>;
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (error != cudaSuccess) return lk_cuda_launched(error, stream, cuda_error);
-    return launch_early(dim3((unsigned)p->n_blocks), shape::THREADS, (size_t)bytes, stream,
-                        cuda_error, kernel, *p);
+    return launch_early(dim3((unsigned)p->n_blocks), shape::THREADS, bytes, stream, cuda_error,
+                        kernel, *p);
 }
 
 /* inst/decode_<name>_<D>.cu: the kernels of one dtype and head dim, for up to 8 and up to 16 query heads per KV head. */

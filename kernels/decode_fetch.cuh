@@ -31,9 +31,6 @@ typedef struct {
 typedef struct {
     bool exists;
     decode_part part;
-    lk_unit unit;
-    int32_t end;                           /* of the tiles that are read: a void unit has none */
-    int32_t n_kept, kept_off, dropped_off; /* of its head */
     /* Of all heads: adding a head's place already here would be to wait for memory. */
     int64_t page, twin;
 } found_part;
@@ -53,10 +50,9 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
     /* Heads of the 32 before those, a lane each, that have tiles in the chunk and were not handed over yet. */
     uint32_t heads_left;
     int32_t lane_tile_begin, lane_tile_end;
-    /* The part whose tiles are asked for, from `tile` on, and the one that comes after it, which is found before tile
-     * `turn`. */
+    uint32_t lane_base;
+    /* The part whose tiles are asked for, and the one that comes after it. */
     found_part now, after;
-    int32_t tile, turn;
 
     __device__ __forceinline__ fetcher(const decode_params &params, const smem &memory,
                                        int own_lane)
@@ -80,16 +76,17 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         return n;
     }
 
-    __device__ __forceinline__ static int32_t groups_of(const decode_part &part, int32_t i) {
-        const bool is_last = part.ends && i == part.tile_end - 1;
+    __device__ __forceinline__ static int32_t groups_of(const decode_part &part, int32_t tile) {
+        const bool is_last = part.ends && tile == part.tile_end - 1;
         return is_last ? (part.end - 1) % LK_PAGE_TOKENS / 16 + 1 : 4;
     }
 
-    /* Copy n_bytes into shared memory; where there are bulk copies, by one lane. */
+    /* One of the copies that a stage gets. */
     __device__ __forceinline__ void copy(unsigned char *to, int64_t from, uint32_t n_bytes,
                                          uint64_t *bar) {
+        if (n_bytes == 0) return;
 #if LK_BULK_COPY
-        if (n_bytes > 0) bulk_copy(to, from, n_bytes, bar, stream_policy());
+        if (lane == 0) bulk_copy(to, from, n_bytes, bar, stream_policy());
 #else
         warp_copy(to, from, n_bytes, lane);
 #endif
@@ -106,88 +103,103 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         const int32_t skipped = 32 * first_group;
         const tile_bytes n = bytes_of(n_kept, whole, min(max(n_groups, 0), smem::shape::GROUPS));
         warp_wait(&s.empty[at.stage], at.phase ^ 1, lane);
-        if (!LK_BULK_COPY || lane == 0) {
 #if LK_BULK_COPY
-            barrier_expect(bar, n.page + n.twin + n.v);
+        if (lane == 0) barrier_expect(bar, n.page + n.twin + n.v);
 #endif
-            copy(to, page + skipped * n_kept, n.page, bar);
-            copy(to + layout.dropped, twin + skipped * (D - n_kept), n.twin, bar);
-            copy(to + layout.v, v + skipped * D, n.v, bar);
-        }
+        copy(to, page + skipped * n_kept, n.page, bar);
+        copy(to + layout.dropped, twin + skipped * (D - n_kept), n.twin, bar);
+        copy(to + layout.v, v + skipped * D, n.v, bar);
 #if !LK_BULK_COPY
         arrive_after_copies(bar);
 #endif
         at.advance(p.n_stages);
     }
 
+    __device__ __forceinline__ lk_unit unit_of(const decode_part &part) const {
+        return lk_unit_make(part.end, part.full_lo, p.layer.sink, s.n_kept[part.head], D);
+    }
+
     /* Where this lane's tile of the part's tiles from `first` on is. */
-    __device__ __forceinline__ void find_tiles(found_part *f, int32_t first) {
+    __device__ __forceinline__ void find_tiles(found_part *f, const lk_unit &unit, int32_t first) {
         const lk_cuda_layer &layer = p.layer;
-        const int32_t i = first + lane;
+        const int32_t head = f->part.head, n_kept = s.n_kept[head], tile = first + lane;
         f->page = f->twin = 0;
-        if (i >= f->end) return;
+        if (unit.is_void || tile >= f->part.tile_end) return;
         const int64_t row_table = (int64_t)f->part.row * layer.table_stride;
-        const int64_t entry = row_table + lk_unit_page(&f->unit, i);
-        if (f->n_kept > 0) f->page = __ldcg(layer.page + entry);
-        if (f->n_kept < D && lk_unit_is_whole(&f->unit, i)) f->twin = __ldcg(layer.twin + entry);
+        const int64_t entry = row_table + lk_unit_page(&unit, tile);
+        if (n_kept > 0) f->page = __ldcg(layer.page + entry);
+        if (n_kept < D && lk_unit_is_whole(&unit, tile)) f->twin = __ldcg(layer.twin + entry);
     }
 
     /* Bring the first n_tiles into L2, up to 32. */
     __device__ __forceinline__ void prefetch(const found_part &f, int32_t n_tiles) {
 #if LK_BULK_COPY
         if (!f.exists || lane >= n_tiles || !(f.page || f.twin)) return;
-        const int64_t page = f.page + f.kept_off, twin = f.twin + f.dropped_off;
+        const int32_t n_kept = s.n_kept[f.part.head];
+        const int64_t page = f.page + head_kept_off(p.layer, f.part.head);
+        const int64_t twin = f.twin + head_dropped_off(p.layer, f.part.head);
         const tile_bytes n =
-            bytes_of(f.n_kept, f.twin != 0, groups_of(f.part, f.part.tile_begin + lane));
+            bytes_of(n_kept, f.twin != 0, groups_of(f.part, f.part.tile_begin + lane));
         if (n.page) bulk_prefetch(page, n.page);
         if (n.twin) bulk_prefetch(twin, n.twin);
-        if (n.v) bulk_prefetch((f.n_kept > 0 ? page : twin) + tile_layout<D, 4>(f.n_kept).v, n.v);
+        if (n.v) bulk_prefetch((n_kept > 0 ? page : twin) + tile_layout<D, 4>(n_kept).v, n.v);
 #endif
     }
 
-    /* Copy the next tile. */
-    __device__ __forceinline__ void fetch_tile() {
-        const int32_t n_kept = now.n_kept;
-        const int32_t i = (tile - now.part.tile_begin) % LK_WARP;
-        if (i == 0 && tile > now.part.tile_begin) find_tiles(&now, tile);
-        const int64_t page = __shfl_sync(LK_ALL, now.page, i) + now.kept_off;
-        const int64_t twin = __shfl_sync(LK_ALL, now.twin, i) + now.dropped_off;
-        const bool whole = n_kept < D && lk_unit_is_whole(&now.unit, tile);
-        const int32_t n_groups = groups_of(now.part, tile);
+    /* Copy the part's tiles. What comes after them is found before the last few are asked for: to take a chunk and to find
+     * its first page are two round trips to memory, in which the ring would run dry. */
+    __device__ __forceinline__ void fetch_part() {
+        const lk_unit unit = unit_of(now.part);
+        const int32_t head = now.part.head, n_kept = s.n_kept[head], begin = now.part.tile_begin;
+        const int32_t end = unit.is_void ? begin : now.part.tile_end;
+        const int32_t turn = max(begin, end - LK_LOOK_AHEAD);
+        const int64_t page_off = head_kept_off(p.layer, head);
+        const int64_t twin_off = head_dropped_off(p.layer, head);
+#pragma unroll 1
+        for (int32_t tile = begin;; tile++) {
+            if (tile == turn) find_after();
+            if (tile == end) break;
+            const int32_t i = (tile - begin) % LK_WARP;
+            if (i == 0 && tile > begin) find_tiles(&now, unit, tile);
+            const int64_t page = __shfl_sync(LK_ALL, now.page, i) + page_off;
+            const int64_t twin = __shfl_sync(LK_ALL, now.twin, i) + twin_off;
+            const bool whole = n_kept < D && lk_unit_is_whole(&unit, tile);
+            const int32_t n_groups = groups_of(now.part, tile);
 #pragma unroll
-        for (int g = 0; g < 4; g += smem::shape::GROUPS)
-            fetch_stage(page, twin, n_kept, whole, g, n_groups - g);
-        tile++;
+            for (int g = 0; g < 4; g += smem::shape::GROUPS)
+                fetch_stage(page, twin, n_kept, whole, g, n_groups - g);
+        }
     }
 
-    /* Copy n neighbouring rows of D; as copy, by one lane where there are bulk copies. */
+    /* Copy n neighbouring rows of D. */
     __device__ __forceinline__ void fetch_rows(T *to, const void *from, int64_t first, int32_t n,
                                                uint64_t *bar) {
         const int64_t address = reinterpret_cast<int64_t>(static_cast<const T *>(from) + first);
-        copy(reinterpret_cast<unsigned char *>(to), address, (uint32_t)(n * D) * sizeof(T), bar);
+        const uint32_t n_bytes = (uint32_t)(n * D) * sizeof(T);
+#if LK_BULK_COPY
+        if (lane == 0) bulk_copy(to, address, n_bytes, bar, stream_policy());
+#else
+        warp_copy(reinterpret_cast<unsigned char *>(to), address, n_bytes, lane);
+#endif
     }
 
-    /* Tell the other warps of the part `now`, with its q, and k and v of the new token if it has the token's tile; that there
-     * is none ends their work. */
-    __device__ __forceinline__ void hand_over() {
-        const decode_part &part = now.part;
+    /* Tell the other warps of a part, with its q, and k and v of the new token if it has the token's tile; row < 0 ends
+     * their work. */
+    __device__ __forceinline__ void hand_over(const decode_part &part, bool with_new) {
         const int slot = n_parts & 1;
         uint64_t *bar = &s.part_full[slot];
-        T *to = s.q + slot * (p.r + 2) * D;
-        const bool with_new = now.exists && p.k && part.ends && part.end > 0;
-        const bool together = p.q_stride[1] == D;
         warp_wait(&s.part_empty[slot], ((n_parts >> 1) & 1) ^ 1, lane);
-        if (lane == 0) {
-            s.part[slot] = part;
-            if (!now.exists) s.part[slot].row = LK_NO_PART;
-        }
-        if (!LK_BULK_COPY || lane == 0) {
+        n_parts++;
+        T *to = s.q + slot * (p.r + 2) * D;
+        if (lane == 0) s.part[slot] = part;
 #if LK_BULK_COPY
-            const int32_t n_rows = now.exists ? p.r + 2 * with_new : 0;
-            barrier_expect(bar, (uint32_t)(n_rows * D * sizeof(T)));
+        const int32_t n_rows = part.row < 0 ? 0 : p.r + 2 * with_new;
+        if (lane == 0) barrier_expect(bar, (uint32_t)(n_rows * D * sizeof(T)));
 #endif
+        if (part.row >= 0) {
+            const bool together = p.q_stride[1] == D;
 #pragma unroll 1
-            for (int32_t i = 0; now.exists && i < (together ? 1 : p.r); i++)
+            for (int32_t i = 0; i < (together ? 1 : p.r); i++)
                 fetch_rows(to + i * D, p.q,
                            part.row * p.q_stride[0] + (part.head * p.r + i) * p.q_stride[1],
                            together ? p.r : 1, bar);
@@ -198,7 +210,6 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
                            part.row * p.v_stride[0] + part.head * p.v_stride[1], 1, bar);
             }
         }
-        n_parts++;
 #if !LK_BULK_COPY
         arrive_after_copies(bar);
         if (lane == 0) barrier_arrive(bar);
@@ -218,10 +229,10 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         return low;
     }
 
-    __device__ __forceinline__ void open_chunk(int32_t share, int32_t place) {
-        chunk = lk_cut_chunk(&cut, share, place);
-        begin = lk_cut_begin(&cut, share, place);
-        end = lk_cut_begin(&cut, share, place + 1);
+    __device__ __forceinline__ void open_chunk(int32_t taken) {
+        chunk = lk_cut_chunk_taken(&cut, taken);
+        begin = lk_cut_begin(&cut, chunk);
+        end = lk_cut_begin(&cut, chunk + 1);
         row = begin < end ? find_row(begin) : p.layer.n_rows;
         next_head = 0;
         next_base = row < p.layer.n_rows ? s.row_base[row] : end;
@@ -239,15 +250,11 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
             cost = lk_unit_cost(&u);
         }
         const uint32_t sum = warp_sum_up_to(cost, lane);
-        const uint32_t base = next_base + sum - cost;
+        lane_base = next_base + sum - cost;
         lane_tile_begin = lane_tile_end = 0;
         if (g < p.layer.n_heads) {
-#pragma unroll 1
-            for (uint32_t cost_at = begin;; cost_at = end) {
-                lane_tile_begin = lane_tile_end;
-                lane_tile_end = lk_unit_first_tile(&u, base, cost_at);
-                if (cost_at == end) break;
-            }
+            lane_tile_begin = lk_unit_first_tile(&u, lane_base, begin);
+            lane_tile_end = lk_unit_first_tile(&u, lane_base, end);
         }
         heads_left = __ballot_sync(LK_ALL, lane_tile_begin < lane_tile_end);
         next_base += __shfl_sync(LK_ALL, sum, LK_WARP - 1);
@@ -255,8 +262,8 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
     }
 
     /* The chunk's next part, if it has more. */
-    __device__ __forceinline__ void find_part() {
-        after.exists = false;
+    __device__ __forceinline__ void find_part(found_part *f) {
+        f->exists = false;
         while (!heads_left) {
             if (next_head >= p.layer.n_heads) {
                 next_head = 0;
@@ -268,90 +275,59 @@ template <typename T, int D, int COLUMN_TILES> struct fetcher {
         const int i = __ffs((int)heads_left) - 1;
         heads_left &= heads_left - 1;
         const row_view view = s.row[row];
-        decode_part &part = after.part;
-        after.exists = true;
-        part.row = row;
-        part.head = next_head - LK_WARP + i;
-        part.chunk = chunk;
-        part.tile_begin = __shfl_sync(LK_ALL, lane_tile_begin, i);
-        part.tile_end = __shfl_sync(LK_ALL, lane_tile_end, i);
-        part.end = view.end;
-        part.full_lo = view.full_lo;
-        after.n_kept = s.n_kept[part.head];
-        after.kept_off = s.kept_off[part.head];
-        after.dropped_off = s.dropped_off[part.head];
-        after.unit = lk_unit_make(view.end, view.full_lo, p.layer.sink, after.n_kept, D);
-        part.ends = part.tile_end == after.unit.n_tiles;
-        after.end = after.unit.is_void ? part.tile_begin : part.tile_end;
-        find_tiles(&after, part.tile_begin);
+        f->exists = true;
+        f->part.row = row;
+        f->part.head = next_head - LK_WARP + i;
+        f->part.chunk = chunk;
+        f->part.tile_begin = __shfl_sync(LK_ALL, lane_tile_begin, i);
+        f->part.tile_end = __shfl_sync(LK_ALL, lane_tile_end, i);
+        f->part.end = view.end;
+        f->part.full_lo = view.full_lo;
+        const lk_unit unit = unit_of(f->part);
+        f->part.ends = f->part.tile_end == unit.n_tiles;
+        find_tiles(f, unit, f->part.tile_begin);
     }
 
-    /* The part after `now`: the chunk's next one, or the first one of the next chunk that has any, if more may be taken. */
-    __device__ __forceinline__ void find_after(bool may_take) {
+    /* The part after `now`: the chunk's next one, or the first one of the next chunk that has any. */
+    __device__ __forceinline__ void find_after() {
+        const int32_t n_chunks = cut.n_blocks * cut.n_chunks;
 #pragma unroll 1
         for (;;) {
-            find_part();
-            if (after.exists || !may_take || cut.n_chunks == 1) return;
+            find_part(&after);
+            if (after.exists || cut.n_chunks == 1) return;
             int32_t taken = 0;
             if (lane == 0) taken = gridDim.x + atomicAdd(p.n_taken, 1);
             taken = __shfl_sync(LK_ALL, taken, 0);
-            const int32_t place = taken / (int32_t)gridDim.x;
-            if (place >= cut.n_chunks) return;
-            open_chunk(taken % (int32_t)gridDim.x, place);
+            if (taken >= n_chunks) return;
+            open_chunk(taken);
         }
     }
 
-    /* When the plan is made: begin with the block's first chunk. */
+    /* Before earlier kernels have ended: find the block's first part, and bring as many tiles into L2 as the ring holds, twice as
+     * many where a block has megabytes to read. */
     __device__ __forceinline__ void prepare() {
         sum_rows(s.row_base, p.layer.n_rows, lane);
         __syncwarp();
         cut = lk_cut_make(s.row_base[p.layer.n_rows], p.layer.n_rows * p.layer.n_heads, gridDim.x,
                           lk_whole_cost(D), LK_PLAN_HALVINGS);
-        now.exists = false;
-        now.end = tile = turn = 0;
-        open_chunk(blockIdx.x, 0);
+        open_chunk(blockIdx.x);
+        find_part(&now);
+        prefetch(now, (cut.n_halvings < 4 ? 1 : 2) * p.n_stages * smem::shape::GROUPS / 4);
     }
 
-    /* Ask for tiles, part after part. Unless is_sure, lengths may change yet: find the first part, and bring as many tiles into
-     * L2 as the ring holds, twice as many where a block has megabytes to read; wait for earlier kernels; and ask for q. The
-     * tiles come with the next call, when it is known that lengths are what they were.
-     *
-     * What comes after a part is found before its last few tiles are asked for: to take a chunk and to find its first page are
-     * two round trips to memory, in which the ring would run dry. */
-    __device__ __forceinline__ void run(const bool is_sure) {
-#pragma unroll 1
-        for (;;) {
-            if (tile == turn) {
-                turn = -1;
-                find_after(is_sure);
-                if (!is_sure) {
-                    const int32_t n_rings = cut.n_halvings < 4 ? 1 : 2;
-                    prefetch(after, n_rings * p.n_stages * smem::shape::GROUPS / 4);
-                    wait_for_earlier_kernels();
-                }
-            }
-            if (tile < now.end) {
-                fetch_tile();
-                continue;
-            }
+    __device__ __forceinline__ void run() {
+        if (!now.exists) {
+            find_after();
             now = after;
-            if (!is_sure && !now.exists) {
-                now.end = turn = tile; /* look again in the next call */
-                return;
-            }
-            hand_over();
-            if (!now.exists) return;
-            tile = now.part.tile_begin;
-            turn = max(tile, now.end - LK_LOOK_AHEAD);
-            if (is_sure) continue;
-            turn = max(turn, min(tile + 1, now.end)); /* the first tile is waited for */
-            return;
         }
-    }
-
-    /* The part that was handed over, if any, is none: let the others skip it, when its q has landed. */
-    __device__ __forceinline__ void give_up() {
-        if (now.exists && lane == 0) s.part[0].row = LK_SKIPPED;
+        while (now.exists) {
+            hand_over(now.part, p.k && now.part.ends && now.part.end > 0);
+            fetch_part();
+            now = after;
+        }
+        decode_part no_more = {};
+        no_more.row = -1;
+        hand_over(no_more, false);
     }
 };
 

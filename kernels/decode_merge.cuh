@@ -45,13 +45,10 @@ __device__ __forceinline__ int32_t find_query(const decode_params &p, int32_t un
     return unit / p.column_blocks * p.n_columns + column % r * p.n_t + column / r;
 }
 
-/* Which of the states in the workspace that of a chunk's part of a unit is. A chunk has at most two parts that are not whole
- * units: one that begins before it (first of a pair), one that begins in it. */
-__device__ __forceinline__ int32_t part_index(int32_t chunk, bool begins) {
-    return 2 * chunk + begins;
-}
+/* Where in `states` the state of a chunk's part of a unit is. A chunk has at most two parts that are not whole units: one
+ * that begins before it (first of a pair), one that begins in it. */
 __device__ __forceinline__ int32_t part_place(const decode_params &p, int32_t chunk, bool begins) {
-    return part_index(chunk, begins) * part_floats(p.r, p.layer.head_dim);
+    return (2 * chunk + begins) * part_floats(p.r, p.layer.head_dim);
 }
 
 /* Write the state of a column, 4 value indices from d on, for combine.cu. */
@@ -65,15 +62,12 @@ __device__ __forceinline__ void put_state(float *state, int32_t r, int32_t colum
     }
 }
 
-/* Take the same column of n warps together: 4 value indices from d on, from d + D / N on, and so on. step: floats from a
- * warp's state to the next one's. */
-template <int D, int N>
+/* Take the same column of n warps together, 4 value indices from d on. step: floats from a warp's state to the next one's. */
+template <int D>
 __device__ __forceinline__ void merge_warps(const float *states, int32_t step, const int n,
-                                            int32_t d, float *m, float *l, float (&o)[N][4]) {
+                                            int32_t d, float *m, float *l, float o[4]) {
     *m = -INFINITY;
-    *l = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4 * N; i++) o[i / 4][i % 4] = 0.0f;
+    *l = o[0] = o[1] = o[2] = o[3] = 0.0f;
 #pragma unroll
     for (int k = 0; k < n; k++) *m = fmaxf(*m, states[k * step + D]);
     const float shift = *m == -INFINITY ? 0.0f : *m;
@@ -83,17 +77,15 @@ __device__ __forceinline__ void merge_warps(const float *states, int32_t step, c
         const float factor = exp2_fast(state[D] - shift);
         *l += state[D + 1] * factor;
 #pragma unroll
-        for (int i = 0; i < 4 * N; i++)
-            o[i / 4][i % 4] += state[d + i / 4 * (D / N) + i % 4] * factor;
+        for (int i = 0; i < 4; i++) o[i] += state[d + i] * factor;
     }
 }
 
-/* By the helper threads, when the states of the part are there, the block's index-th. combine.cu is told which chunks have a unit's
- * first and last tile. */
+/* By the helper threads. combine.cu is told which chunks have a unit's first and last tile. */
 template <typename T, int D, int COLUMN_TILES>
-__device__ __forceinline__ void
-finish_part(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s,
-            const decode_part &part, int32_t index, int32_t thread) {
+__device__ __forceinline__ void finish_part(const decode_params &p,
+                                            const decode_smem<T, D, COLUMN_TILES> &s,
+                                            const decode_part &part, int32_t thread) {
     using shape = decode_shape<D, COLUMN_TILES>;
     const bool begins = part.tile_begin == 0;
     float *into = begins && part.ends ? NULL : p.states + part_place(p, part.chunk, begins);
@@ -101,20 +93,14 @@ finish_part(const decode_params &p, const decode_smem<T, D, COLUMN_TILES> &s,
     int2 *chunks = &p.unit_chunks[unit];
     if (thread == 0 && begins) chunks->x = part.chunk;
     if (thread == 0 && part.ends) chunks->y = part.chunk;
-    barrier_wait(s.states_full, index & 1);
-    constexpr int N = 2; /* so that one round is enough for R up to 6 at D 128 */
 #pragma unroll 1
-    for (int32_t item = thread; item < p.r * (D / 4 / N); item += shape::HELPER_THREADS) {
-        const int32_t column = item / (D / 4 / N), d = item % (D / 4 / N) * 4;
-        float m, l, o[N][4];
+    for (int32_t item = thread; item < p.r * (D / 4); item += shape::HELPER_THREADS) {
+        const int32_t column = item / (D / 4), d = item % (D / 4) * 4;
+        float m, l, o[4];
         merge_warps<D>(s.states + column * shape::STATE_FLOATS, p.r * shape::STATE_FLOATS,
                        shape::COMPUTE_WARPS, d, &m, &l, o);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const int32_t at = d + i * (D / N);
-            if (into) put_state<D>(into, p.r, column, at, m, l, o[i]);
-            else write_out<T>(p, first_query + column, part.end > 0, at, m, l, o[i]);
-        }
+        if (into) put_state<D>(into, p.r, column, d, m, l, o);
+        else write_out<T>(p, first_query + column, part.end > 0, d, m, l, o);
     }
     barrier_arrive(s.states_empty);
 }

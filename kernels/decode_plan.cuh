@@ -45,28 +45,14 @@ __device__ __forceinline__ lk_unit make_unit(const decode_params &p, const row_v
     return lk_unit_make(view.end, view.full_lo, p.layer.sink, n_kept, p.layer.head_dim);
 }
 
-/* NVCC_APPEND_FLAGS=-DLK_WRONG_FIRST_PLAN=1, or 2: nearly every step does what is done where lengths change while a plan is made;
- * with 1 rows were shorter before, with 2 some were longer. */
-#ifndef LK_WRONG_FIRST_PLAN
-#define LK_WRONG_FIRST_PLAN 0
-#endif
-
-/* What each row sees (view_row) and costs, by all threads of the block; what these wrote to s.n_kept before is waited for.
- * row_base is 0 and becomes costs of rows, one place up: the fetching warp sums them. Lengths may change while this runs: each
- * is read once, so that costs agree with the views that plan_holds checks. The last threads begin with the rows: the first
- * ones copy geom, so that both are under way together. */
+/* What each row sees (view_row) and costs, by all threads of the block. row_base is 0 and becomes costs of rows, one place up:
+ * the fetching warp sums them. Lengths may change while this runs: each is read once, so that costs agree with the views
+ * that plan_holds checks. */
 template <typename Params, typename Smem>
-__device__ __forceinline__ void make_plan(const Params &p, Smem &s, const bool is_first) {
+__device__ __forceinline__ void make_plan(const Params &p, Smem &s) {
     const int32_t n_heads = p.layer.n_heads, n_views = count_views(p);
-    for (int32_t b = blockDim.x - 1 - threadIdx.x; b < n_views; b += blockDim.x) {
-        row_view view = view_row(p, b);
-        if (LK_WRONG_FIRST_PLAN && is_first) {
-            const int32_t longest = LK_WRONG_FIRST_PLAN == 2 ? p.layer.max_tokens : view.end;
-            view.end = b % 3 == 0 ? 0 : b % 3 == 1 ? longest : view.end / 2;
-            view.full_lo = min(view.full_lo, view.end);
-        }
-        s.row[b] = view;
-    }
+    for (int32_t b = threadIdx.x; b < n_views; b += blockDim.x) s.row[b] = view_row(p, b);
+    for (int32_t g = threadIdx.x; g < n_heads; g += blockDim.x) s.n_kept[g] = head_kept(p.layer, g);
     __syncthreads();
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < n_views * n_heads; i += blockDim.x) {

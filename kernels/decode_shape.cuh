@@ -41,11 +41,6 @@ static __host__ __device__ __forceinline__ int32_t part_floats(int32_t r, int32_
 /* Floats that the two parts of a block's chunk of a span have: 256 columns at D 128, which are the most. */
 #define LK_SPAN_STATE_FLOATS ((size_t)2 * 256 * (128 + 2))
 
-/* Where, in bytes, the decode kernel's shared memory has what comes after the stages, see decode_smem. */
-typedef struct {
-    int32_t q, states, rows, geom;
-} decode_places;
-
 typedef struct {
     lk_cuda_layer layer;
     const void *q, *k, *v;
@@ -59,7 +54,6 @@ typedef struct {
      * row they are the R query heads. Each head has n_t of them, see find_query, and o_stride in o and lse. */
     int32_t n_columns, column_blocks, n_t, o_stride;
     float scale, softcap;
-    decode_places at;
     /* The workspace:
      *   n_taken                 chunks taken beyond one per block; 0 between launches
      *   unit_chunks [B * Hkv]   chunks that have a unit's first and last tile
@@ -74,81 +68,62 @@ typedef struct {
     int32_t end, full_lo;
 } row_view;
 
-#define LK_NO_PART -1 /* there is no more */
-#define LK_SKIPPED -2 /* was handed over before it was known that lengths had changed */
-
 /* The part of a unit that is in one chunk, as the fetching warp hands it to the others. */
 typedef struct {
-    int32_t row, head; /* row: or LK_NO_PART, LK_SKIPPED */
+    int32_t row, head; /* row < 0: there is no more */
     int32_t chunk, tile_begin, tile_end;
     int32_t ends; /* has the unit's last tile */
     int32_t end, full_lo;
 } decode_part;
 
-/* Shared memory; what belongs to a part is double, so that the next part's is there when it begins. Up to the stages all has its
- * place at compile time: a step of a short row waits for instructions, and has fewer of them so. */
+/* Shared memory; what belongs to a part is double, so that the next part's is there when it begins. */
 template <typename T, int D, int COLUMN_TILES> struct decode_smem {
-    using shape = decode_shape<D, COLUMN_TILES>;
+    unsigned char *stage; /* [n_stages] tiles */
+    T *q;                 /* [2][R + 2, D], the last two are k and v of the new token */
+    uint32_t *q_operand;  /* [2][COLUMN_TILES][D / 16][32 lanes][2], see decode_tile.cuh */
     /* Barriers. [n_stages]: a tile has landed; the teams are done with it. */
     uint64_t *full, *empty;
     /* [2]: part and q are there; q_operand too; they were read. */
     uint64_t *part_full, *q_full, *part_empty;
     /* The warps' states of a part are there; they were read. */
     uint64_t *states_full, *states_empty;
-    decode_part *part;    /* [2] */
-    uint32_t *q_operand;  /* [2][COLUMN_TILES][D / 16][32 lanes][2], see decode_tile.cuh */
-    unsigned char *stage; /* [n_stages] tiles */
-    T *q;                 /* [2][R + 2, D], the last two are k and v of the new token */
-    float *states;        /* [COMPUTE_WARPS][R][STATE_FLOATS]: o, m, l */
-    row_view *row;        /* [B] */
-    uint32_t *row_base;   /* [B + 1] cost of all rows before */
-    /* A copy of the layer's geom: of each head, and where its blocks are in a page and in a twin. */
-    int32_t *n_kept, *kept_off, *dropped_off; /* [Hkv] */
-    uint8_t *order;                           /* [Hkv, D] */
+    decode_part *part;  /* [2] */
+    float *states;      /* [COMPUTE_WARPS][R][STATE_FLOATS]: o, m, l */
+    row_view *row;      /* [B] */
+    uint32_t *row_base; /* [B + 1] cost of all rows before */
+    int32_t *n_kept;    /* [Hkv] */
+    uint8_t *order;     /* [Hkv, D] */
 
+    using shape = decode_shape<D, COLUMN_TILES>;
     static constexpr int N_BARRIERS = 2 * LK_MAX_STAGES + 8;
-    static constexpr int PART_AT = N_BARRIERS * (int)sizeof(uint64_t);
-    static constexpr int Q_OPERAND_AT = PART_AT + 2 * (int)sizeof(decode_part);
-    static constexpr int STAGE_AT =
-        (Q_OPERAND_AT + 2 * shape::Q_WORDS * (int)sizeof(uint32_t) + 127) / 128 * 128;
 
     __device__ __forceinline__ decode_smem(unsigned char *memory, const decode_params &p) {
-        full = reinterpret_cast<uint64_t *>(memory);
+        stage = memory;
+        q = reinterpret_cast<T *>(stage + (size_t)p.n_stages * shape::STAGE_BYTES);
+        q_operand = reinterpret_cast<uint32_t *>(q + 2 * (p.r + 2) * D);
+        full = reinterpret_cast<uint64_t *>(q_operand + 2 * shape::Q_WORDS);
         empty = full + LK_MAX_STAGES;
         part_full = empty + LK_MAX_STAGES;
         q_full = part_full + 2;
         part_empty = q_full + 2;
         states_full = part_empty + 2;
         states_empty = states_full + 1;
-        part = reinterpret_cast<decode_part *>(memory + PART_AT);
-        q_operand = reinterpret_cast<uint32_t *>(memory + Q_OPERAND_AT);
-        stage = memory + STAGE_AT;
-        q = reinterpret_cast<T *>(memory + p.at.q);
-        states = reinterpret_cast<float *>(memory + p.at.states);
-        row = reinterpret_cast<row_view *>(memory + p.at.rows);
-        row_base = reinterpret_cast<uint32_t *>(row + p.layer.n_rows);
-        n_kept = reinterpret_cast<int32_t *>(memory + p.at.geom);
-        kept_off = n_kept + p.layer.n_heads;
-        dropped_off = kept_off + p.layer.n_heads;
-        order = reinterpret_cast<uint8_t *>(n_kept + 4 * p.layer.n_heads);
+        part = reinterpret_cast<decode_part *>(full + N_BARRIERS);
+        states = reinterpret_cast<float *>(part + 2);
+        row_base =
+            reinterpret_cast<uint32_t *>(states + shape::COMPUTE_WARPS * p.r * shape::STATE_FLOATS);
+        row = reinterpret_cast<row_view *>(row_base + p.layer.n_rows + 1);
+        n_kept = reinterpret_cast<int32_t *>(row + p.layer.n_rows);
+        order = reinterpret_cast<uint8_t *>(n_kept + p.layer.n_heads);
     }
 
-    /* Find how many stages there are and where the rest is; return the bytes of it all, or 0 where smem_bytes are too few. */
-    static int64_t lay_out(decode_params *p, int32_t smem_bytes) {
-        const int64_t r = p->r, n_rows = p->layer.n_rows;
-        const int64_t q = 2 * (r + 2) * D * (int64_t)sizeof(T);
-        const int64_t states = shape::COMPUTE_WARPS * r * shape::STATE_FLOATS * sizeof(float);
-        const int64_t rows = (1 + 3 * n_rows) * (int64_t)sizeof(int32_t);
-        const int64_t rest = q + states + rows + geom_words(p->layer) * (int64_t)sizeof(int32_t);
-        const int64_t room = ((int64_t)smem_bytes - STAGE_AT - rest) / shape::STAGE_BYTES;
-        if (room < 2) return 0;
-        constexpr int64_t ENOUGH = LK_RING_BYTES / shape::STAGE_BYTES;
-        p->n_stages = (int32_t)(room < ENOUGH ? room : ENOUGH);
-        p->at.q = STAGE_AT + p->n_stages * shape::STAGE_BYTES;
-        p->at.states = (int32_t)(p->at.q + q);
-        p->at.rows = (int32_t)(p->at.states + states);
-        p->at.geom = (int32_t)(p->at.rows + rows);
-        return p->at.q + rest;
+    /* Bytes beside the stages. */
+    static size_t fixed_bytes(const decode_params &p) {
+        const size_t n_heads = (size_t)p.layer.n_heads, r = (size_t)p.r;
+        return sizeof(T) * 2 * (r + 2) * D + sizeof(uint32_t) * 2 * shape::Q_WORDS +
+               sizeof(uint64_t) * N_BARRIERS + sizeof(decode_part) * 2 +
+               sizeof(float) * shape::COMPUTE_WARPS * r * shape::STATE_FLOATS +
+               sizeof(int32_t) * (1 + 3 * (size_t)p.layer.n_rows + n_heads) + n_heads * D;
     }
 
     __device__ __forceinline__ void clear_plan(const decode_params &p) {
@@ -159,7 +134,6 @@ template <typename T, int D, int COLUMN_TILES> struct decode_smem {
     __device__ __forceinline__ void init(const decode_params &p) {
         clear_plan(p);
         if (threadIdx.x != 0) return;
-#pragma unroll 1
         for (int i = 0; i < p.n_stages; i++) {
             barrier_init(&full[i], LK_BULK_COPY ? 1 : LK_WARP);
             barrier_init(&empty[i], shape::COMPUTE_WARPS * LK_WARP_ARRIVALS);

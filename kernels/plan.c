@@ -49,9 +49,7 @@ int64_t lk_cuda_plan_parts(const int32_t *end, const int32_t *full_lo, int32_t n
         lk_cut_make(total, n_rows * n_heads, n_blocks, lk_whole_cost(head_dim), LK_PLAN_HALVINGS);
     int64_t n = 0;
     for (int32_t chunk = 0; chunk < n_blocks * cut.n_chunks; chunk++) {
-        const int32_t share = chunk / cut.n_chunks, place = chunk % cut.n_chunks;
-        const uint32_t first = lk_cut_begin(&cut, share, place);
-        const uint32_t last = lk_cut_begin(&cut, share, place + 1);
+        const uint32_t first = lk_cut_begin(&cut, chunk), last = lk_cut_begin(&cut, chunk + 1);
         uint32_t base = 0;
         for (int32_t b = 0; b < n_rows; b++) {
             for (int32_t g = 0; g < n_heads; g++) {

@@ -97,7 +97,7 @@ LK_PLAN int32_t lk_unit_first_tile(const lk_unit *u, uint32_t base, uint32_t cos
 
 typedef struct {
     uint32_t total, quantum;
-    int32_t n_halvings, n_chunks; /* chunks of a share */
+    int32_t n_blocks, n_halvings, n_chunks; /* chunks of a share */
 } lk_cut;
 
 /* most_cost: of a tile. A quantum is not less, so that every chunk between the first and the last of a unit has a tile of
@@ -106,9 +106,10 @@ LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_units, int32_t n_blocks, ui
                            int32_t most_halvings) {
     lk_cut cut;
     cut.total = total;
+    cut.n_blocks = n_blocks;
     cut.n_halvings = 0;
-    const uint64_t least = (uint64_t)LK_PLAN_LEAST_COST * (uint32_t)n_blocks;
-    while (cut.n_halvings < most_halvings && least << (cut.n_halvings + 1) <= total)
+    const uint32_t share = total / (uint32_t)n_blocks;
+    while (cut.n_halvings < most_halvings && share >> (cut.n_halvings + 1) >= LK_PLAN_LEAST_COST)
         cut.n_halvings++;
     cut.n_chunks = cut.n_halvings + 1;
     uint32_t n_quanta = (uint32_t)n_blocks << cut.n_halvings;
@@ -119,17 +120,17 @@ LK_PLAN lk_cut lk_cut_make(uint32_t total, int32_t n_units, int32_t n_blocks, ui
     return cut;
 }
 
-/* Cost at which the chunk at `place` of a share begins; at place n_chunks, at which the share ends. */
-LK_PLAN uint32_t lk_cut_begin(const lk_cut *cut, int32_t share, int32_t place) {
-    const uint32_t of_share = 1u << cut->n_halvings;
-    const uint64_t n_quanta = ((uint64_t)share << cut->n_halvings) + of_share - (of_share >> place);
-    const uint64_t cost = n_quanta * cut->quantum;
-    return cost < cut->total ? (uint32_t)cost : cut->total;
+/* The chunk that is taken as the n-th. Chunks are numbered in the order of their costs. */
+LK_PLAN int32_t lk_cut_chunk_taken(const lk_cut *cut, int32_t n) {
+    return n % cut->n_blocks * cut->n_chunks + n / cut->n_blocks;
 }
 
-/* Chunks are numbered in the order of their costs. */
-LK_PLAN int32_t lk_cut_chunk(const lk_cut *cut, int32_t share, int32_t place) {
-    return share * cut->n_chunks + place;
+/* Cost at which a chunk begins; that of chunk n_blocks * n_chunks is the total. */
+LK_PLAN uint32_t lk_cut_begin(const lk_cut *cut, int32_t chunk) {
+    const int32_t n = cut->n_halvings, share = chunk / cut->n_chunks, place = chunk % cut->n_chunks;
+    const uint64_t n_quanta = ((uint64_t)share << n) + (1u << n) - (1u << (n - place));
+    const uint64_t cost = n_quanta * cut->quantum;
+    return cost < cut->total ? (uint32_t)cost : cut->total;
 }
 
 #endif

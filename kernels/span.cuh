@@ -25,8 +25,8 @@ __device__ __forceinline__ void open_chunk(const span_params &p, const span_smem
     const int32_t chunk = (int32_t)blockIdx.x;
     const lk_cut cut = lk_cut_make(s.row_base[count_views(p)], n_units, (int32_t)gridDim.x,
                                    lk_whole_cost(D) + p.tile_cost, 0);
-    at.begin = lk_cut_begin(&cut, chunk, 0);
-    at.end = lk_cut_begin(&cut, chunk, 1);
+    at.begin = lk_cut_begin(&cut, chunk);
+    at.end = lk_cut_begin(&cut, chunk + 1);
     /* The last view that begins at or before `begin`: row_base[low] <= begin < row_base[high], if anywhere. */
     int32_t low = 0, high = count_views(p);
     while (high - low > 1) {
@@ -302,14 +302,14 @@ finish_part(const span_params &p, const span_smem<T, D> &s, const span_part &par
             const int32_t d = i % (D / 4) * 4, from = i / (D / 4);
             const int32_t column = from / 8 * shape::WARP_COLUMNS + 8 * n + from % 8;
             if (column >= n_columns) continue;
-            float m, l, o[1][4];
+            float m, l, o[4];
             merge_warps<D>(states + from * LK_STATE_FLOATS(D), step, token_warps, d, &m, &l, o);
             if (s.position[column] < 0) { /* padding: whatever it saw */
                 m = -INFINITY;
-                l = o[0][0] = o[0][1] = o[0][2] = o[0][3] = 0.0f;
+                l = o[0] = o[1] = o[2] = o[3] = 0.0f;
             }
-            if (into) put_state<D>(into, p.r, column, d, m, l, o[0]);
-            else write_out<T>(p, find_query(p, unit, column), l > 0.0f, d, m, l, o[0]);
+            if (into) put_state<D>(into, p.r, column, d, m, l, o);
+            else write_out<T>(p, find_query(p, unit, column), l > 0.0f, d, m, l, o);
         }
         __syncthreads();
     }
@@ -327,9 +327,7 @@ __global__ void __launch_bounds__(span_shape<D>::THREADS, 1)
     const int32_t token_warps = shape::WARPS / p.column_warps;
     s.init(p);
     __syncthreads();
-    for (int32_t g = threadIdx.x; g < p.layer.n_heads; g += shape::THREADS)
-        s.n_kept[g] = head_kept(p.layer, g);
-    make_plan(p, s, false);
+    make_plan(p, s);
     __syncthreads();
     if (warp == 0) sum_rows(s.row_base, count_views(p), lane);
     __syncthreads();

@@ -46,11 +46,6 @@ __device__ __forceinline__ bool twin_stays(const lk_cuda_layer &layer, int32_t i
     return i * LK_PAGE_TOKENS < layer.sink || (i + 1) * LK_PAGE_TOKENS > lo;
 }
 
-/* Words of lk_cuda_layer.geom. */
-static __host__ __device__ __forceinline__ int64_t geom_words(const lk_cuda_layer &layer) {
-    return (int64_t)layer.n_heads * (4 + layer.head_dim / 4);
-}
-
 /* Where things of head g are: lk_cuda_layer.geom. */
 __device__ __forceinline__ int32_t head_kept(const lk_cuda_layer &layer, int32_t g) {
     return layer.geom[g];

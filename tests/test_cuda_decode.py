@@ -123,13 +123,13 @@ def test_decode_equals_rule(name, dtype):
 
 
 def fixed_smem_bytes(case):
-    """Bytes that a block needs beside its ring: decode_smem in decode_shape.cuh."""
+    """Bytes that a block needs beside its ring: decode_smem::fixed_bytes in decode_shape.cuh."""
     D, R, n_heads = case["D"], case["R"], len(case["widths"])
     n_rows = len(case["steps"][0][1])
     column_tiles, compute_warps = (1, 8) if R <= 8 else (2, 4)
-    before_ring = 8 * 40 + 2 * 32 + 4 * 2 * column_tiles * (D // 16) * 2 * 32
-    q, states = 2 * 2 * (R + 2) * D, 4 * compute_warps * R * (2 + D + 4)
-    return -(-before_ring // 128) * 128 + q + states + 4 * (1 + 3 * n_rows) + n_heads * (16 + D)
+    q = 2 * 2 * (R + 2) * D + 4 * 2 * column_tiles * (D // 16) * 2 * 32
+    states = 4 * compute_warps * R * (2 + D + 4)
+    return q + 8 * 40 + 2 * 32 + states + 4 * (1 + 3 * n_rows + n_heads) + n_heads * D
 
 
 @pytest.mark.parametrize("n_blocks, n_stages", [(1, 6), (2, 2), (7, 3)])
